@@ -1,0 +1,130 @@
+/* agent.h - the contract between the agent and everything around it.
+ *
+ * Ports, paths, exit codes, frame layout and every limit stand here; behaviour stands in
+ * agent.c. Nothing here is a variable or has a body. Sizes are bytes, times milliseconds
+ * of CLOCK_MONOTONIC, unless a name says otherwise. */
+#ifndef AGENT_H
+#define AGENT_H
+
+#include <stdint.h>
+
+#define AGENT_VERSION   "0.1.0"
+
+/* The version of the supervisor's wire that the ready message announces: with 2.0.0 the
+ * host also sends IPv6 settings and SSH keys. */
+#define ALEPH_VERSION   "2.0.0"
+
+/* ---- Exit codes of the commands (init never exits) ------------------------------ */
+#define EXIT_OK         0
+#define EXIT_FAILED     1       /* the other side answered with an error, or could not be reached */
+#define EXIT_USAGE      2       /* the command line makes no sense */
+
+/* ---- vsock ports (vsock(7)); the host is CID 2, VMADDR_CID_HOST ----------------- */
+#define PORT_ALEPH      52      /* host to guest: instructions; guest to host: ready */
+#define PORT_HTTP       80      /* host to guest: the program, plain HTTP/1.1 */
+
+/* ---- Paths in the guest ---------------------------------------------------------- */
+#define PATH_OLD_ROOT   "/rom"                  /* the read-only root below the overlay */
+#define PATH_STATE      "/run/agent"            /* ours alone, 0755: the shim that Python runs */
+#define PATH_CODE_ASGI  "/opt"                  /* where asgi code is unpacked */
+#define PATH_PACKAGES   "/opt/packages"         /* second on sys.path */
+#define PATH_DATA       "/data"                 /* where input_data is unpacked */
+#define PATH_API_SOCKET "/tmp/socat-socket"     /* the guest API's address, as programs know it */
+#define PATH_CGROUP     "/sys/fs/cgroup"
+#define PATH_PATH       "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#define PATH_LIBS       "/opt/aleph/libs"       /* PYTHONPATH of every Python program */
+
+/* ---- Frames between the agent and a Python worker ---------------------------------
+ * A Unix stream socket, fd 3 of the worker. Each frame is a header of 12 bytes, little
+ * endian, then the payload:
+ *
+ *     u32 length of the payload   u32 stream   u8 type   u8 flags   u16 zero
+ *
+ * Stream 0 is the worker itself. The agent numbers exchanges from 1 upward; each is
+ * opened by FRAME_REQUEST and closed by the worker with exactly one of
+ * FRAME_RESPONSE_BODY + FRAME_END or FRAME_FAILURE, also after FRAME_DISCONNECT, which
+ * the worker answers at once. A frame for a stream that is not open is a protocol error.
+ *
+ * Flow control: a sender may have WORKER_CREDIT body bytes under way per stream and
+ * direction; the receiver gives more with FRAME_WINDOW (u32 bytes) as it consumes. */
+#define FRAME_HEADER_BYTES  12
+#define FRAME_FD            3
+
+enum frame_type {
+    /* agent to worker */
+    FRAME_CONFIGURE      = 1,   /* stream 0: marshal v2 dict, see worker.py */
+    FRAME_REQUEST        = 2,   /* marshal v2 dict: the ASGI scope; END: no body follows */
+    FRAME_REQUEST_BODY   = 3,   /* body bytes; END: the last, may be empty */
+    FRAME_DISCONNECT     = 4,   /* empty: nobody waits for the answer any more */
+    FRAME_SHUTDOWN       = 5,   /* stream 0, empty: lifespan shutdown, then exit 0 */
+    /* both */
+    FRAME_WINDOW         = 6,   /* u32: that many more body bytes may come */
+    /* worker to agent */
+    FRAME_HELLO          = 7,   /* stream 0, empty: the interpreter runs, configure me */
+    FRAME_READY          = 8,   /* stream 0, empty: the program is loaded, lifespan started */
+    FRAME_START_FAILED   = 9,   /* stream 0: message NUL traceback; the worker exits after */
+    FRAME_RESPONSE_HEAD  = 10,  /* u16 status, u16 n, then n times name NUL value NUL */
+    FRAME_RESPONSE_BODY  = 11,  /* body bytes; END: the response is complete */
+    FRAME_FAILURE        = 12,  /* message NUL traceback: the program raised before the end */
+};
+
+#define FRAME_END           0x01    /* flag: last frame of its direction */
+
+/* ---- Limits -----------------------------------------------------------------------
+ * X(name, default, least, most, what it bounds). Each can be set with
+ * agent.limit.NAME=VALUE on the kernel command line or `init --limit NAME=VALUE`. */
+#define LIMITS(X) \
+    /* sizes */ \
+    X(conf_bytes,         32 << 20,   1 << 10, 1 << 30, "configuration on port 52") \
+    X(body_bytes,         16 << 20,   1 << 10, 1 << 30, "request body on port 52") \
+    X(reply_bytes,        64 << 20,   1 << 10, 1 << 30, "reply on port 52; a quarter of RAM if that is less") \
+    X(http_body_bytes,    INT64_MAX,  1,     INT64_MAX, "request body on port 80") \
+    X(http_head_bytes,    64 << 10,   1 << 10, 1 << 20, "request head: request line and fields") \
+    X(http_target_bytes,  16 << 10,   256,     1 << 20, "request target") \
+    X(http_chunk_ext_bytes, 4 << 10,  0,       1 << 20, "chunk extensions and trailers of one request") \
+    X(head_fields,        256,        8,       4096,    "fields of one head, either way") \
+    X(head_bytes,         64 << 10,   1 << 10, 1 << 20, "head of one response") \
+    X(command_bytes,      64 << 10,   256,     1 << 20, "text of one !command") \
+    X(command_out_bytes,  64 << 20,   1 << 10, INT64_MAX, "output of one !command") \
+    X(mp_depth,           64,         4,       64,      "nesting of msgpack") \
+    X(variables,          1024,       1,       65536,   "environment variables in a configuration") \
+    X(dns_servers,        3,          1,       3,       "name servers kept (resolv.conf(5), MAXNS)") \
+    X(zip_entries,        200000,     1,       1 << 24, "entries of one archive") \
+    X(zip_bytes,          INT64_C(2) << 30, 1 << 10, INT64_C(1) << 40, "bytes that one archive unpacks to") \
+    X(zip_ratio,          200,        2,       2000,    "unpacked to packed, past the first 16 MiB") \
+    X(zip_depth,          64,         2,       256,     "folders inside folders") \
+    X(error_bytes,        16 << 10,   1 << 10, 24 << 10, "traceback and output tail in an error reply, each") \
+    X(log_line_bytes,     1 << 10,    64,      4 << 10, "one line of a program's output") \
+    X(log_ring_bytes,     64 << 10,   4 << 10, 16 << 20, "log kept in memory") \
+    /* counts */ \
+    X(conns,              16384,      16,      1 << 20, "connections open at once, all fronts") \
+    X(commands,           16,         1,       256,     "!commands at once") \
+    X(queue,              1024,       1,       65536,   "requests that wait for the program to start") \
+    X(overlay_percent,    50,         1,       95,      "part of RAM that the overlay may fill") \
+    /* times */ \
+    X(silent_ms,          30000,      100,     3600000, "a connection's first byte") \
+    X(head_ms,            30000,      100,     3600000, "the rest of a request head or instruction") \
+    X(idle_ms,            75000,      100,     3600000, "between requests of one connection") \
+    X(body_ms,            60000,      100,     3600000, "silence inside a request body") \
+    X(send_ms,            60000,      100,     3600000, "a client that does not read its response") \
+    X(response_head_ms,   300000,     100,     3600000, "the program's response head") \
+    X(start_ms,           50000,      100,     3600000, "the program's start; the host gives a configuration 60 s") \
+    X(lifespan_ms,        30000,      100,     3600000, "lifespan startup") \
+    X(command_ms,         60000,      100,     86400000, "one !command") \
+    X(command_gap_ms,     50,         1,       10000,   "silence that ends a !command's text") \
+    X(grace_ms,           3000,       0,       60000,   "from SIGTERM to SIGKILL") \
+    X(halt_ms,            4000,       100,     60000,   "halt in all; the host gives 5 s") \
+    X(linger_ms,          1000,       0,       60000,   "reading on after an early error, so that it arrives") \
+    X(ready_retry_ms,     20,         1,       10000,   "between two tries to say ready") \
+    X(backoff_ms,         100,        1,       60000,   "first wait before a restart; doubles") \
+    X(backoff_max_ms,     10000,      1,       600000,  "longest wait before a restart")
+
+/* Not to be set: sizes of our own buffers and what the wire fixes. */
+#define WORKER_CREDIT       (64 << 10)      /* body bytes under way per stream and direction */
+#define WORKER_FRAME_MAX    (256 << 10)     /* payload of one frame from a worker */
+#define CONF_PREFIX_MAX     9               /* digits of the configuration's length */
+#define CONN_READ_BYTES     (64 << 10)      /* one read, and room kept in an input buffer */
+#define CONN_OUT_HIGH       (128 << 10)     /* past this a client is slow: the program waits */
+#define HOSTNAME_MAX        63              /* one DNS label */
+
+#endif
