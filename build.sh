@@ -1,0 +1,315 @@
+#!/usr/bin/env bash
+# build.sh - fetches, builds, tests and runs the agent; `./build.sh help` lists the words.
+#
+# The release is one static binary whose bytes depend only on the sources and on the
+# compiler, not on the folder or the day. Libraries are built once per variant (release,
+# debug, fuzz) and again when this file, vendor/ or the compiler changes.
+#
+# Sourcing this file only defines the functions: runtimes/ and tests/ use say, die, need
+# and fetch_debian.
+set -euo pipefail
+export LC_ALL=C
+
+BUILD_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+STRICT='-std=gnu11 -Wall -Wextra -Wshadow -Wconversion -Werror'
+SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=undefined'
+SECTIONS='-ffunction-sections -fdata-sections'
+
+say() { printf '== %s\n' "$*"; }
+die() { printf 'build.sh: %s\n' "$*" >&2; exit 1; }
+
+# need PACKAGE...: installs what is missing on Debian and Ubuntu, or says what to install.
+need() {
+    local package missing=()
+    command -v dpkg-query >/dev/null || return 0    # another system: the step itself will tell
+    for package; do
+        dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed ||
+            missing+=("$package")
+    done
+    ((${#missing[@]})) || return 0
+    ((EUID == 0)) || die "needs packages: ${missing[*]} (as root it installs them)"
+    say "installing ${missing[*]}"
+    apt_install "${missing[@]}" || { apt-get update -q && apt_install "${missing[@]}"; } ||
+        die "cannot install ${missing[*]}"
+}
+
+apt_install() {
+    DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends \
+        -o Dpkg::Use-Pty=0 "$@" >/dev/null
+}
+
+# ---- Fetching -------------------------------------------------------------------------
+
+# has_hash FILE SHA256
+has_hash() { [[ $(sha256sum "$1" 2>/dev/null) == "$2 "* ]]; }
+
+# fetch_upstream ADDRESS SHA256 FILE: a host that does not answer is not asked again.
+declare -A host_down=()
+fetch_upstream() {
+    local host=${1#*://} rc=0
+    host=${host%%/*}
+    [[ ! ${host_down[$host]-} ]] || return 1
+    curl -fsL --connect-timeout 3 --speed-limit 1000 --speed-time 10 -o "$3" "$1" || rc=$?
+    ((rc == 0)) || host_down[$host]=1
+    return $rc
+}
+
+# fetch_python NAME==VERSION SHA256 FILE: pip has no way to fetch a source archive without
+# running its build steps. With a hash that nothing has, it finds the archive, refuses it
+# before it looks inside, and names the address.
+fetch_python() {
+    local address
+    python3 -m pip --version >/dev/null 2>&1 || { echo "no pip here"; return 1; }
+    address=$(! python3 -m pip download -q --no-deps --no-binary :all: -d out/none \
+        --require-hashes -r <(printf '%s --hash=sha256:%064d\n' "$1" 0) 2>&1 |
+        grep -o 'https\?://[^ ]*') || return 1
+    curl -fsSL -o "$3" "${address%%$'\n'*}"
+}
+
+# fetch_debian SUITE/PACKAGE SHA256 FILE: a source archive or a .deb of any Debian suite,
+# from the mirror that apt uses, through lists of its own.
+fetch_debian() {
+    local suite=${1%%/*} package=${1#*/} site path lists=$BUILD_ROOT/vendor/cache/apt-${1%%/*}
+    site=$(. /etc/os-release && apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(SITE)' |
+        awk -v r="${VERSION_CODENAME-}" '$1 == r && $2 == "main" { print $3; exit }')
+    [[ $site ]] || { echo "no Debian mirror in apt's sources"; return 1; }
+    mkdir -p "$lists/lists/partial" "$lists/archives/partial"
+    # The hash decides what is taken, so a system that lacks the suite's key loses nothing.
+    printf '%s [trusted=yes%s] %s %s main\n' deb '' "$site" "$suite" \
+        deb-src '' "$site" "$suite" >"$lists/sources.list"
+    local options=(-o "Dir::Etc::SourceList=$lists/sources.list" -o Dir::Etc::SourceParts=-
+        -o "Dir::State::Lists=$lists/lists" -o "Dir::Cache=$lists" -o APT::Sandbox::User=
+        -o Acquire::Languages=none -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false)
+    [[ -e $lists/fresh ]] ||
+        { apt-get "${options[@]}" -qq update && touch "$lists/fresh"; } || return 1
+    path=$({ apt-cache "${options[@]}" showsrc "$package"
+             apt-cache "${options[@]}" show "$package"; } 2>/dev/null | debian_path "$2")
+    [[ $path ]] || { echo "$suite has no $package of this hash any more"; return 1; }
+    /usr/lib/apt/apt-helper "${options[@]}" -qq download-file "$site/$path" "$3" "SHA256:$2"
+}
+
+# The path in the pool of the file whose hash is $1, from records of apt-cache.
+debian_path() {
+    awk -v hash="$1" '
+        $1 == hash { file = "/" $3 }
+        $1 == "SHA256:" && $2 == hash { file = " " }
+        $1 == "Directory:" || $1 == "Filename:" { where = $2 }
+        !NF { if (file) exit; where = "" }
+        END { if (file) { sub(/^ /, "", file); print where file } }'
+}
+
+# One library of vendor/lock: into vendor/cache from the first origin that has the pinned
+# bytes, then into vendor/src. Needs no network once an archive is in the cache.
+fetch_library() {
+    local name=$1 rows row archive
+    mapfile -t rows < <(awk -v n="$name" '$1 == n' vendor/lock)
+    if [[ $(cat "vendor/src/$name.from" 2>/dev/null) ]] &&
+        printf '%s\n' "${rows[@]}" | grep -qxFf "vendor/src/$name.from"; then
+        return
+    fi
+    for row in "${rows[@]}"; do fetch_cached $row && return; done
+    for row in "${rows[@]}"; do fetch_origin $row && fetch_cached $row && return; done
+    die "no origin in vendor/lock has $name"
+}
+
+# The arguments of these two are the columns of vendor/lock.
+fetch_cached() {
+    local archive=vendor/cache/$1-$2-${3:0:12}
+    [[ -e $archive ]] || return 1
+    has_hash "$archive" "$3" || die "$archive is not what vendor/lock pins: delete it"
+    unpack "$archive" "$6" "vendor/src/$1"
+    echo "$*" | tr -s ' ' >"vendor/src/$1.from"
+}
+
+fetch_origin() {
+    local archive=vendor/cache/$1-$2-${3:0:12}
+    say "fetching $1 $2 from $4"
+    rm -f "$archive.part"
+    "fetch_$4" "$5" "$3" "$archive.part" || { echo "   not there, going on"; return 1; }
+    has_hash "$archive.part" "$3" || { echo "   refused: not the pinned SHA-256"; return 1; }
+    mv "$archive.part" "$archive"
+}
+
+# unpack ARCHIVE FOLDER TARGET
+unpack() {
+    local tmp=vendor/src/unpack
+    rm -rf "$tmp" "$3"
+    mkdir -p "$tmp"
+    if grep -qam1 '^!<arch>$' "$1"; then    # a .deb
+        ar p "$1" data.tar.xz | tar -xJ -C "$tmp"
+    else
+        tar -xf "$1" -C "$tmp"
+    fi
+    mv "$tmp/$2" "$3"
+    rm -rf "$tmp"
+}
+
+fetch_all() {
+    local name names
+    names=$(awk '!/^#/ && NF && !seen[$1]++ { print $1 }' vendor/lock)
+    mkdir -p vendor/cache vendor/src
+    need ca-certificates curl bzip2 xz-utils binutils
+    for name in $names; do fetch_library "$name"; done
+}
+
+# ---- Libraries ------------------------------------------------------------------------
+
+INCLUDES='-Ivendor -DMBEDTLS_CONFIG_FILE=<mbedtls_config.h>
+    -isystem vendor/src/llhttp/include -isystem vendor/src/yyjson -isystem vendor/src/zlib
+    -isystem vendor/src/zlib/contrib/minizip -isystem vendor/src/mbedtls/include'
+
+# variant NAME: how this variant is compiled. The release sees musl's headers, the
+# compiler's own and the kernel's, and nothing else of the machine.
+variant() {
+    OUT=out/lib/$1 CC=gcc LIBS='' CFLAGS='-g -O1 -fno-omit-frame-pointer'
+    case $1 in
+    release)
+        CFLAGS="-Os $SECTIONS -fno-pie -fno-stack-protector -fcf-protection=none
+            -fno-asynchronous-unwind-tables -ffile-prefix-map=$BUILD_ROOT=.
+            -nostdinc -isystem $OUT/musl/include -isystem $(gcc -print-file-name=include)
+            -idirafter $OUT/kernel" ;;
+    debug) CFLAGS+=" $SANITIZE" ;;
+    fuzz) CC=clang CFLAGS+=" $SANITIZE -fsanitize=fuzzer-no-link" ;;
+    esac
+}
+
+# libraries VARIANT: builds $OUT/vendor.a (and musl for the release) unless it is there.
+libraries() {
+    need gcc libc6-dev make linux-libc-dev
+    [[ $1 != fuzz ]] || need clang libclang-rt-dev
+    fetch_all
+    variant "$1"
+    local stamp
+    stamp=$(cat build.sh vendor/lock vendor/*.[ch] <("$CC" --version) | sha256sum)
+    [[ $(cat "$OUT/stamp" 2>/dev/null) != "$stamp" ]] || return 0
+    rm -rf "$OUT"
+    mkdir -p "$OUT/obj"
+    [[ $1 != release ]] || { kernel_headers; musl; }
+    local zip=vendor/src/zlib/contrib/minizip
+    objects llhttp '' vendor/src/llhttp/src/*.c
+    objects yyjson '-DYYJSON_DISABLE_NON_STANDARD -DYYJSON_DISABLE_UTILS' vendor/src/yyjson/yyjson.c
+    objects zlib '-DHAVE_UNISTD_H -DHAVE_STDARG_H' vendor/src/zlib/*.c
+    objects minizip '-DNOCRYPT -DNOUNCRYPT -DUSE_FILE32API' $zip/{zip,unzip,ioapi}.c
+    objects mbedtls -Ivendor/src/mbedtls/library vendor/src/mbedtls/library/*.c vendor/mbedtls_*.c
+    ar rcsD "$OUT/vendor.a" "$OUT"/obj/*.o
+    echo "$stamp" >"$OUT/stamp"
+}
+
+# objects NAME FLAGS FILE...: other people's code, compiled without warnings.
+objects() {
+    local name=$1 flags=$2
+    shift 2
+    say "compiling $name ($# files, ${OUT##*/})"
+    printf '%s\n' "$@" | xargs -P "$(nproc)" -I{} bash -c \
+        'file={}; base=${file##*/}; exec "${@:2}" -c "$file" -o "$1-${base%.c}.o"' \
+        - "$OUT/obj/$name" $CC -w $CFLAGS $flags $INCLUDES
+}
+
+kernel_headers() {
+    local folder from=/usr/include
+    mkdir -p "$OUT/kernel"
+    for folder in linux asm asm-generic; do
+        [[ -d $from/$folder ]] && ln -s "$from/$folder" "$OUT/kernel/" ||
+            ln -s "$from/$(gcc -print-multiarch)/$folder" "$OUT/kernel/"
+    done
+}
+
+musl() {
+    say "building musl (release)"
+    local source=$PWD/vendor/src/musl target=$PWD/$OUT/musl
+    mkdir -p "$OUT/musl-build"
+    (cd "$OUT/musl-build" && ln -s "$source" source &&
+        CFLAGS="-Os $SECTIONS -fno-pie -fno-stack-protector -fcf-protection=none" \
+        source/configure --disable-shared --disable-wrapper --prefix="$target" &&
+        make -s -j"$(nproc)" install) >"$OUT/musl.log" 2>&1 ||
+        { tail -n 20 "$OUT/musl.log" >&2; die "musl does not build: $OUT/musl.log"; }
+}
+
+# ---- The agent ------------------------------------------------------------------------
+
+# link_release FILE [FLAG...]
+link_release() {
+    local file=$1 crt=$OUT/musl/lib
+    shift
+    run gcc -static -no-pie -nostdlib -Wl,--gc-sections,--build-id=none,-z,noexecstack,-z,relro,-s \
+        "$@" "$crt/crt1.o" "$crt/crti.o" "$OUT/agent.o" "$OUT/vendor.a" "$crt/libc.a" \
+        "$(gcc -print-libgcc-file-name)" "$crt/crtn.o" -o "$file"
+    strip -R .comment "$file"
+}
+
+run() { printf '%s\n' "$*" | tr -s ' \n' ' '; echo; "$@"; }
+
+release() {
+    libraries release
+    say "compiling agent.c (release)"
+    # Always: nothing tracks what .incbin reads.
+    run gcc $STRICT $CFLAGS $INCLUDES -c agent.c -o "$OUT/agent.o"
+    link_release out/agent
+    say "out/agent: $(stat -c %s out/agent) bytes"
+}
+
+debug() {
+    libraries debug
+    mkdir -p out/debug
+    say "compiling agent.c (debug)"
+    run gcc $STRICT $CFLAGS $INCLUDES agent.c "$OUT/vendor.a" -o out/debug/agent
+    [[ ! -e tests/unit.c ]] ||
+        run gcc $STRICT $CFLAGS $INCLUDES tests/unit.c "$OUT/vendor.a" -o out/debug/unit
+}
+
+# What the whole of each library weighs, used by agent.c or not.
+EVERYTHING='mbedtls_ssl_handshake mbedtls_ssl_read mbedtls_ssl_write mbedtls_ssl_setup
+    mbedtls_ssl_close_notify mbedtls_ssl_config_defaults mbedtls_ssl_conf_own_cert
+    mbedtls_ssl_conf_ca_chain mbedtls_ssl_conf_authmode mbedtls_ssl_conf_alpn_protocols
+    mbedtls_ssl_conf_sni mbedtls_ssl_set_hostname mbedtls_ssl_get_peer_cert mbedtls_strerror
+    mbedtls_x509_crt_parse mbedtls_x509_crt_parse_file mbedtls_x509_dn_gets mbedtls_pk_parse_key
+    mbedtls_pk_parse_keyfile mbedtls_pk_sign mbedtls_pk_verify mbedtls_rsa_pkcs1_sign
+    mbedtls_ecdsa_write_signature mbedtls_ecdsa_read_signature mbedtls_sha1 mbedtls_sha256
+    mbedtls_sha512 psa_crypto_init yyjson_read_opts yyjson_write_opts yyjson_mut_write_opts
+    zipOpen2_64 zipOpenNewFileInZip4_64 zipWriteInFileInZip zipCloseFileInZip zipClose
+    unzOpen2_64 unzGoToNextFile unzGetCurrentFileInfo64 unzOpenCurrentFile unzReadCurrentFile
+    unzCloseCurrentFile unzClose inflateInit2_ inflate deflateInit2_ deflate crc32
+    llhttp_init llhttp_execute llhttp_finish'
+
+size() {
+    release
+    link_release out/agent-all $(printf -- '-Wl,--undefined=%s ' $EVERYTHING)
+    say "out/agent-all: $(stat -c %s out/agent-all) bytes"
+}
+
+fuzz() {
+    local name=${1:?fuzz NAME [SECONDS]} corpus
+    corpus=out/fuzz/corpus-$name
+    libraries fuzz
+    mkdir -p "$corpus"
+    run clang $CFLAGS -fsanitize=fuzzer $INCLUDES "tests/fuzz_$name.c" "$OUT/vendor.a" -o "out/fuzz/$name"
+    run "out/fuzz/$name" -max_total_time="${2:-60}" -print_final_stats=1 "$corpus"
+}
+
+usage() {
+    cat <<'END'
+./build.sh                    out/agent, the static release
+./build.sh debug              out/debug/agent and out/debug/unit, with sanitizers
+./build.sh test               both, then every test
+./build.sh fuzz NAME [SECONDS]  tests/fuzz_NAME.c under libFuzzer
+./build.sh run DIR ENTRYPOINT a guest that serves DIR on http://127.0.0.1:8080
+./build.sh size               out/agent-all, with every library linked in whole
+./build.sh clean              removes out/; downloads stay in vendor/cache
+END
+}
+
+main() {
+    cd "$BUILD_ROOT"
+    local word=${1-release}
+    shift $(($# > 0))
+    case $word in
+    release | debug | size | fuzz) "$word" "$@" ;;
+    test) release; debug; exec tests/run.sh "$@" ;;
+    run) release; . runtimes/guest.sh; guest_run "$@" ;;
+    clean) rm -rf out ;;
+    help | --help | -h) usage ;;
+    *) usage >&2; exit 2 ;;
+    esac
+}
+
+[[ ${BASH_SOURCE[0]} != "$0" ]] || main "$@"
