@@ -12,7 +12,7 @@ export LC_ALL=C
 
 BUILD_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 STRICT='-std=gnu11 -Wall -Wextra -Wshadow -Wconversion -Werror'
-SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=undefined'
+SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=all'
 SECTIONS='-ffunction-sections -fdata-sections'
 
 say() { printf '== %s\n' "$*"; }
@@ -20,11 +20,11 @@ die() { printf 'build.sh: %s\n' "$*" >&2; exit 1; }
 
 # need PACKAGE...: installs what is missing on Debian and Ubuntu, or says what to install.
 need() {
-    local package missing=()
+    local package there missing=()
     command -v dpkg-query >/dev/null || return 0    # another system: the step itself will tell
+    there=$(dpkg-query -W -f '${Package} ${db:Status-Status}.' "$@" 2>/dev/null || true)
     for package; do
-        dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed ||
-            missing+=("$package")
+        [[ .$there == *".$package installed."* ]] || missing+=("$package")
     done
     ((${#missing[@]})) || return 0
     ((EUID == 0)) || die "needs packages: ${missing[*]} (as root it installs them)"
@@ -59,8 +59,8 @@ fetch_upstream() {
 # before it looks inside, and names the address.
 fetch_python() {
     local address
-    python3 -m pip --version >/dev/null 2>&1 || { echo "no pip here"; return 1; }
-    address=$(! python3 -m pip download -q --no-deps --no-binary :all: -d out/none \
+    python3 -m pip --version >/dev/null 2>&1 || { echo "   no pip here"; return 1; }
+    address=$(! python3 -m pip download -q --no-deps --no-binary :all: -d out \
         --require-hashes -r <(printf '%s --hash=sha256:%064d\n' "$1" 0) 2>&1 |
         grep -o 'https\?://[^ ]*') || return 1
     curl -fsSL -o "$3" "${address%%$'\n'*}"
@@ -69,22 +69,23 @@ fetch_python() {
 # fetch_debian SUITE/PACKAGE SHA256 FILE: a source archive or a .deb of any Debian suite,
 # from the mirror that apt uses, through lists of its own.
 fetch_debian() {
-    local suite=${1%%/*} package=${1#*/} site path lists=$BUILD_ROOT/vendor/cache/apt-${1%%/*}
+    local suite=${1%%/*} package=${1#*/} site path lists=$BUILD_ROOT/out/apt/${1%%/*}
     site=$(. /etc/os-release && apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(SITE)' |
         awk -v r="${VERSION_CODENAME-}" '$1 == r && $2 == "main" { print $3; exit }')
-    [[ $site ]] || { echo "no Debian mirror in apt's sources"; return 1; }
-    mkdir -p "$lists/lists/partial" "$lists/archives/partial"
-    # The hash decides what is taken, so a system that lacks the suite's key loses nothing.
-    printf '%s [trusted=yes%s] %s %s main\n' deb '' "$site" "$suite" \
-        deb-src '' "$site" "$suite" >"$lists/sources.list"
+    [[ $site ]] || { echo "   no Debian mirror in apt's sources"; return 1; }
     local options=(-o "Dir::Etc::SourceList=$lists/sources.list" -o Dir::Etc::SourceParts=-
-        -o "Dir::State::Lists=$lists/lists" -o "Dir::Cache=$lists" -o APT::Sandbox::User=
-        -o Acquire::Languages=none -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false)
-    [[ -e $lists/fresh ]] ||
-        { apt-get "${options[@]}" -qq update && touch "$lists/fresh"; } || return 1
+        -o "Dir::State::Lists=$lists/lists" -o "Dir::Cache=$lists" -o APT::Sandbox::User=root
+        -o Acquire::IndexTargets::deb::Translations::DefaultEnabled=false
+        -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false)
+    if [[ ! $(find "$lists/sources.list" -mmin -60 2>/dev/null) ]]; then
+        mkdir -p "$lists/lists/partial" "$lists/archives/partial"
+        # The hash decides what is taken: a system that lacks the suite's key loses nothing.
+        printf "%s [trusted=yes] $site $suite main\n" deb deb-src >"$lists/sources.list"
+        apt-get "${options[@]}" -qq update || { rm "$lists/sources.list"; return 1; }
+    fi
     path=$({ apt-cache "${options[@]}" showsrc "$package"
              apt-cache "${options[@]}" show "$package"; } 2>/dev/null | debian_path "$2")
-    [[ $path ]] || { echo "$suite has no $package of this hash any more"; return 1; }
+    [[ $path ]] || { echo "   $suite has no $package of this hash any more"; return 1; }
     /usr/lib/apt/apt-helper "${options[@]}" -qq download-file "$site/$path" "$3" "SHA256:$2"
 }
 
@@ -107,6 +108,7 @@ fetch_library() {
         printf '%s\n' "${rows[@]}" | grep -qxFf "vendor/src/$name.from"; then
         return
     fi
+    need binutils bzip2 ca-certificates curl xz-utils
     for row in "${rows[@]}"; do fetch_cached $row && return; done
     for row in "${rows[@]}"; do fetch_origin $row && fetch_cached $row && return; done
     die "no origin in vendor/lock has $name"
@@ -148,7 +150,6 @@ fetch_all() {
     local name names
     names=$(awk '!/^#/ && NF && !seen[$1]++ { print $1 }' vendor/lock)
     mkdir -p vendor/cache vendor/src
-    need ca-certificates curl bzip2 xz-utils binutils
     for name in $names; do fetch_library "$name"; done
 }
 
@@ -161,15 +162,15 @@ INCLUDES='-Ivendor -DMBEDTLS_CONFIG_FILE=<mbedtls_config.h>
 # variant NAME: how this variant is compiled. The release sees musl's headers, the
 # compiler's own and the kernel's, and nothing else of the machine.
 variant() {
-    OUT=out/lib/$1 CC=gcc LIBS='' CFLAGS='-g -O1 -fno-omit-frame-pointer'
+    OUT=out/lib/$1 CC=gcc CFLAGS='-g -O1 -fno-omit-frame-pointer'
     case $1 in
     release)
         CFLAGS="-Os $SECTIONS -fno-pie -fno-stack-protector -fcf-protection=none
             -fno-asynchronous-unwind-tables -ffile-prefix-map=$BUILD_ROOT=.
             -nostdinc -isystem $OUT/musl/include -isystem $(gcc -print-file-name=include)
             -idirafter $OUT/kernel" ;;
-    debug) CFLAGS+=" $SANITIZE" ;;
-    fuzz) CC=clang CFLAGS+=" $SANITIZE -fsanitize=fuzzer-no-link" ;;
+    debug) CFLAGS+=' -fsanitize=address' ;;
+    fuzz) CC=clang CFLAGS+=' -fsanitize=address,fuzzer-no-link' ;;
     esac
 }
 
@@ -227,34 +228,32 @@ musl() {
 
 # ---- The agent ------------------------------------------------------------------------
 
-# link_release FILE [FLAG...]
-link_release() {
-    local file=$1 crt=$OUT/musl/lib
-    shift
-    run gcc -static -no-pie -nostdlib -Wl,--gc-sections,--build-id=none,-z,noexecstack,-z,relro,-s \
-        "$@" "$crt/crt1.o" "$crt/crti.o" "$OUT/agent.o" "$OUT/vendor.a" "$crt/libc.a" \
-        "$(gcc -print-libgcc-file-name)" "$crt/crtn.o" -o "$file"
-    strip -R .comment "$file"
-}
-
-run() { printf '%s\n' "$*" | tr -s ' \n' ' '; echo; "$@"; }
-
 release() {
     libraries release
     say "compiling agent.c (release)"
     # Always: nothing tracks what .incbin reads.
-    run gcc $STRICT $CFLAGS $INCLUDES -c agent.c -o "$OUT/agent.o"
+    gcc $STRICT $CFLAGS $INCLUDES -c agent.c -o "$OUT/agent.o"
     link_release out/agent
-    say "out/agent: $(stat -c %s out/agent) bytes"
+}
+
+# link_release FILE [FLAG...]
+link_release() {
+    local file=$1 crt=$OUT/musl/lib
+    shift
+    gcc -static -no-pie -nostdlib -Wl,--gc-sections,--build-id=none,-z,noexecstack,-s "$@" \
+        "$crt/crt1.o" "$crt/crti.o" "$OUT/agent.o" "$OUT/vendor.a" "$crt/libc.a" \
+        "$(gcc -print-libgcc-file-name)" "$crt/crtn.o" -o "$file"
+    say "$file: $(stat -c %s "$file") bytes"
 }
 
 debug() {
     libraries debug
     mkdir -p out/debug
     say "compiling agent.c (debug)"
-    run gcc $STRICT $CFLAGS $INCLUDES agent.c "$OUT/vendor.a" -o out/debug/agent
+    gcc $STRICT $CFLAGS $SANITIZE $INCLUDES agent.c "$OUT/vendor.a" -o out/debug/agent
+    [[ ! -e tests/unit.c ]] || say "compiling tests/unit.c"
     [[ ! -e tests/unit.c ]] ||
-        run gcc $STRICT $CFLAGS $INCLUDES tests/unit.c "$OUT/vendor.a" -o out/debug/unit
+        gcc $STRICT $CFLAGS $SANITIZE $INCLUDES tests/unit.c "$OUT/vendor.a" -o out/debug/unit
 }
 
 # What the whole of each library weighs, used by agent.c or not.
@@ -273,18 +272,25 @@ EVERYTHING='mbedtls_ssl_handshake mbedtls_ssl_read mbedtls_ssl_write mbedtls_ssl
 
 size() {
     release
-    link_release out/agent-all $(printf -- '-Wl,--undefined=%s ' $EVERYTHING)
-    say "out/agent-all: $(stat -c %s out/agent-all) bytes"
+    link_release out/agent-all $(printf -- '-Wl,--require-defined=%s ' $EVERYTHING)
 }
 
 fuzz() {
-    local name=${1:?fuzz NAME [SECONDS]} corpus
-    corpus=out/fuzz/corpus-$name
     libraries fuzz
-    mkdir -p "$corpus"
-    run clang $CFLAGS -fsanitize=fuzzer $INCLUDES "tests/fuzz_$name.c" "$OUT/vendor.a" -o "out/fuzz/$name"
-    run "out/fuzz/$name" -max_total_time="${2:-60}" -print_final_stats=1 "$corpus"
+    mkdir -p out/fuzz
+    say "compiling tests/fuzz_$1.c"
+    clang $CFLAGS $SANITIZE -fsanitize=fuzzer $INCLUDES "tests/fuzz_$1.c" "$OUT/vendor.a" \
+        -o "out/fuzz/$1"
 }
+
+fuzz_run() {
+    mkdir -p "out/fuzz/corpus-$1"
+    exec "out/fuzz/$1" -max_total_time="${2:-60}" -print_final_stats=1 \
+        -artifact_prefix="out/fuzz/$1-" "out/fuzz/corpus-$1"
+}
+
+# Two builds at once in one folder would trip over each other.
+locked() { (flock 9; "$@") 9>out/.lock; }
 
 usage() {
     cat <<'END'
@@ -299,13 +305,15 @@ END
 }
 
 main() {
-    cd "$BUILD_ROOT"
     local word=${1-release}
     shift $(($# > 0))
+    cd "$BUILD_ROOT"
+    mkdir -p out
     case $word in
-    release | debug | size | fuzz) "$word" "$@" ;;
-    test) release; debug; exec tests/run.sh "$@" ;;
-    run) release; . runtimes/guest.sh; guest_run "$@" ;;
+    release | debug | size) locked "$word" ;;
+    test) locked release; locked debug; exec tests/run.sh "$@" ;;
+    fuzz) locked fuzz "${1:?NAME is missing}"; fuzz_run "$@" ;;
+    run) locked release; . runtimes/guest.sh; guest_run "$@" ;;
     clean) rm -rf out ;;
     help | --help | -h) usage ;;
     *) usage >&2; exit 2 ;;
