@@ -102,12 +102,11 @@ debian_path() {
 # One library of vendor/lock: into vendor/cache from the first origin that has the pinned
 # bytes, then into vendor/src. Needs no network once an archive is in the cache.
 fetch_library() {
-    local name=$1 rows row archive
-    mapfile -t rows < <(awk -v n="$name" '$1 == n' vendor/lock)
-    if [[ $(cat "vendor/src/$name.from" 2>/dev/null) ]] &&
-        printf '%s\n' "${rows[@]}" | grep -qxFf "vendor/src/$name.from"; then
-        return
-    fi
+    local name=$1 rows row
+    mapfile -t rows < <(awk -v n="$name" '$1 == n { $1 = $1; print }' vendor/lock)
+    for row in "${rows[@]}"; do
+        [[ $(cat "vendor/src/$name.from" 2>/dev/null) != "$row" ]] || return 0
+    done
     need binutils bzip2 ca-certificates curl xz-utils
     for row in "${rows[@]}"; do fetch_cached $row && return; done
     for row in "${rows[@]}"; do fetch_origin $row && fetch_cached $row && return; done
@@ -120,7 +119,7 @@ fetch_cached() {
     [[ -e $archive ]] || return 1
     has_hash "$archive" "$3" || die "$archive is not what vendor/lock pins: delete it"
     unpack "$archive" "$6" "vendor/src/$1"
-    echo "$*" | tr -s ' ' >"vendor/src/$1.from"
+    echo "$*" >"vendor/src/$1.from"
 }
 
 fetch_origin() {
