@@ -1,0 +1,1053 @@
+"""The Python worker: runs one ASGI or WSGI program for the agent.
+
+Started by the agent as `python3 [-O|-OO] worker.py`, CPython 3.9 or later, standard library
+only. Environment: fd 3 is one end of a Unix stream socket that carries frames (agent.h has
+their layout and who may send what); fds 1 and 2 are the program's log; PYTHONPATH is honoured.
+
+    import asyncio ... HELLO       as much as can be done before the program is known
+    CONFIGURE                      environment, paths, import, lifespan startup
+    READY or START_FAILED
+    REQUEST, REQUEST_BODY ...      one Exchange each, many at once
+    SHUTDOWN, SIGTERM or EOF       exchanges finish, lifespan shutdown
+
+The agent kills a worker that breaks the frame rules, so these hold: a stream is closed by us
+exactly once (Exchange.close), nothing is written to a closed stream (Exchange.is_open), and
+only the event loop's thread writes (Channel.put).
+
+Exit codes: 0 after a shutdown, 1 after START_FAILED; anything else is the program's own.
+"""
+import os
+import sys
+
+if __name__ == "__main__":
+    os.set_inheritable(3, False)        # before anything can fork and exec
+    if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
+        del sys.path[0]                 # programs must not import from our folder
+
+import asyncio
+import collections
+import contextvars
+import importlib
+import inspect
+import io
+import linecache
+import marshal
+import select
+import signal
+import socket
+import struct
+import threading
+import time
+import traceback
+import types
+
+HEADER = struct.Struct("<IIBBH")        # payload length, stream, type, flags, zero
+CONFIGURE, REQUEST, REQUEST_BODY, DISCONNECT, SHUTDOWN, WINDOW = range(1, 7)
+HELLO, READY, START_FAILED, RESPONSE_HEAD, RESPONSE_BODY, FAILURE = range(7, 13)
+END = 0x01                              # flag: last frame of its direction
+
+CREDIT = 64 << 10                       # body bytes under way per stream and direction
+PIECE = 64 << 10                        # most body bytes in one frame
+HEAD_MAX = 256 << 10                    # the agent takes no larger frame
+TEXT_MAX = 24 << 10                     # of a message or traceback; the agent keeps less
+MSGPACK_DEPTH = 60                      # of an event's reply; the agent reads 64
+THREADS = 32                            # WSGI requests at once
+DRAIN_S = 1.0                           # what a shutdown gives requests in flight
+EVENT_TASKS_S = 30.0                    # what tasks have for the reply, once the call returned
+
+
+# ---- Errors as text -------------------------------------------------------------------
+
+class StartError(Exception):
+    """Why the program cannot start: a message for its author, perhaps with a traceback."""
+
+    def __init__(self, message, details=""):
+        super().__init__(message)
+        self.details = details
+
+
+class Disconnected(OSError):
+    """Raised by send() when nobody waits for the answer any more (ASGI 2.4)."""
+
+
+def describe(exc):
+    try:
+        text = str(exc)
+    except Exception:                   # a program's own class may do anything
+        text = "(its text cannot be had)"
+    return type(exc).__name__ + (": " + text if text else "")
+
+
+def format_error(exc):
+    """The traceback, without the frames of this file that stand above the program's."""
+    tb = exc.__traceback__
+    while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
+        tb = tb.tb_next
+    return "".join(traceback.format_exception(type(exc), exc, tb))
+
+
+def waiting_at(coro):
+    """Where a suspended coroutine waits, innermost last."""
+    frames = []
+    while getattr(coro, "cr_frame", None) is not None:
+        if coro.cr_frame.f_code.co_filename != __file__:
+            frames.append((coro.cr_frame, coro.cr_frame.f_lineno))
+        coro = coro.cr_await
+    lines = traceback.StackSummary.extract(iter(frames)).format()
+    return "It waits here (most recent call last):\n" + "".join(lines)
+
+
+def error_payload(message, details=""):
+    """`message NUL traceback`; of a long message the start counts, of a traceback the end."""
+    message = message.replace("\0", "\\0").encode("utf-8", "replace")[:TEXT_MAX]
+    details = details.replace("\0", "\\0").encode("utf-8", "replace")[-TEXT_MAX:]
+    return b"%s\0%s" % (message.decode("utf-8", "ignore").encode(),
+                        details.decode("utf-8", "ignore").encode())
+
+
+def log(text):
+    try:
+        sys.stderr.write(text if text.endswith("\n") else text + "\n")
+        sys.stderr.flush()
+    except Exception:                   # closed or replaced by the program
+        pass
+
+
+# ---- Channel: frames over the socket ---------------------------------------------------
+
+class Channel:
+    """Reads frames and hands them to `on_frame`; writes the frames of one turn of the loop
+    in one go. What cannot be written yet stays in `unsent`; credit bounds it."""
+
+    def __init__(self, sock):
+        self.sock = sock
+        self.pid = os.getpid()
+        self.rest = b""                 # the start of a frame whose end is not here yet
+        self.out = []
+        self.unsent = bytearray()
+        self.flushing = False
+        self.loop = self.on_frame = self.on_end = None
+        os.register_at_fork(after_in_child=sock.close)
+
+    def say(self, kind, payload=b""):
+        """Write a frame of stream 0 now, blocking: before and outside the loop."""
+        self.sock.setblocking(True)
+        self.sock.sendall(HEADER.pack(len(payload), 0, kind, 0, 0) + payload)
+
+    def wait_for_frame(self):
+        """Block for one frame; (None, b"") at the end of the stream."""
+        data = bytearray()
+        need = HEADER.size
+        while len(data) < need:
+            piece = self.sock.recv(min(need - len(data), 1 << 20))
+            if not piece:
+                return None, b""
+            data += piece
+            if len(data) == HEADER.size:
+                need += HEADER.unpack(data)[0]
+        return HEADER.unpack_from(data)[2], bytes(data[HEADER.size:])
+
+    def start(self, loop, on_frame, on_end):
+        self.loop, self.on_frame, self.on_end = loop, on_frame, on_end
+        self.sock.setblocking(False)
+        loop.add_reader(self.sock.fileno(), self.on_readable)
+
+    def on_readable(self):
+        try:
+            data = self.sock.recv(1 << 16)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            return self.end()
+        if self.rest:
+            data = self.rest + data
+        at, have, on_frame = 0, len(data), self.on_frame
+        while have - at >= 12:
+            length, stream, kind, flags, _ = HEADER.unpack_from(data, at)
+            if have - at - 12 < length:
+                break
+            at += 12
+            on_frame(stream, kind, flags, data[at:at + length])
+            at += length
+        self.rest = data[at:]
+
+    def put(self, stream, kind, payload=b"", flags=0):
+        self.out.append(HEADER.pack(len(payload), stream, kind, flags, 0))
+        if payload:
+            self.out.append(payload)
+        if not self.flushing:
+            self.flushing = True
+            self.loop.call_soon(self.flush)
+
+    def flush(self):
+        self.flushing = False
+        data = b"".join(self.out)
+        self.out.clear()
+        if self.unsent:
+            self.unsent += data         # on_writable goes on with it
+            return
+        sent = self.send(data)
+        if sent < len(data):
+            self.unsent += data[sent:]
+            self.loop.add_writer(self.sock.fileno(), self.on_writable)
+
+    def on_writable(self):
+        del self.unsent[:self.send(self.unsent)]
+        if not self.unsent and self.sock.fileno() >= 0:
+            self.loop.remove_writer(self.sock.fileno())
+
+    def send(self, data):
+        try:
+            return self.sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError:
+            self.end()
+            return len(data)            # nobody is there to read it
+
+    def end(self):
+        if os.getpid() != self.pid:     # the program forked and let the child come back here
+            leave(0)
+        if self.sock.fileno() >= 0:
+            self.loop.remove_reader(self.sock.fileno())
+            self.loop.remove_writer(self.sock.fileno())
+            self.sock.close()
+        self.on_end()
+
+
+def leave(code):
+    """Exit at once: threads that the program left behind must not hold the process."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:
+            pass
+    os._exit(code)
+
+
+# ---- Exchange: one request and its response ---------------------------------------------
+
+def head_payload(status, headers):
+    """u16 status, u16 n, n times `name NUL value NUL`; raises what the program did wrong."""
+    if not isinstance(status, int) or not 200 <= status <= 999:
+        raise ValueError("status is %r, not a number from 200 to 999" % (status,))
+    flat = []
+    for name, value in headers:
+        flat += (name, value, )
+    try:
+        block = b"\0".join(flat)
+    except TypeError:
+        bad = next(item for item in flat if not isinstance(item, (bytes, bytearray)))
+        raise TypeError("header %r is %s, not bytes" % (bad, type(bad).__name__)) from None
+    if flat:
+        block += b"\0"
+    if b"\r" in block or b"\n" in block or block.count(b"\0") != len(flat):
+        bad = next(item for item in flat if any(byte in item for byte in b"\r\n\0"))
+        raise ValueError("header %r holds CR, LF or NUL" % (bad,))
+    if len(block) > HEAD_MAX - 4 or len(flat) > 2 * 0xffff:
+        raise ValueError("response head of %d bytes is too large" % len(block))
+    return struct.pack("<HH", status, len(flat) // 2) + block
+
+
+class Exchange:
+    """An ASGI http request. The frames of its stream come in by on_body, on_window and
+    on_disconnect; the program talks to receive() and send()."""
+
+    __slots__ = ("worker", "stream", "scope", "body", "body_ended", "body_told", "taken",
+                 "credit", "waiters", "started", "is_open", "gone", "task")
+
+    def __init__(self, worker, stream, scope, body_ended):
+        self.worker = worker
+        self.stream = stream
+        self.scope = scope
+        self.body = []                  # pieces that receive() has not handed over yet
+        self.body_ended = body_ended
+        self.body_told = False          # the program has heard more_body: False
+        self.taken = 0                  # bytes handed over that no WINDOW has returned yet
+        self.credit = CREDIT
+        self.waiters = []               # futures: woken by whatever happens to this stream
+        self.started = False
+        self.is_open = True
+        self.gone = False               # closed because nobody waits for the answer
+
+    def start(self):
+        scope = self.scope
+        scope["asgi"] = {"version": "3.0", "spec_version": "2.4"}
+        scope["state"] = self.worker.state.copy()
+        self.worker.running.add(self)
+        self.task = self.worker.loop.create_task(self.run())
+
+    async def run(self):
+        try:
+            await self.call()
+            if self.is_open:
+                self.fail("the program returned without a complete response")
+        except BaseException as exc:    # SystemExit too: one request does not end the others
+            self.on_error(exc)
+        finally:
+            self.worker.running.discard(self)
+
+    async def call(self):
+        await self.worker.app(self.scope, self.receive, self.send)
+
+    # -- from the agent
+
+    def on_body(self, data, ended):
+        if data:
+            self.body.append(data)
+        self.body_ended = ended
+        self.wake()
+
+    def on_window(self, more):
+        self.credit += more
+        self.wake()
+
+    def on_disconnect(self):
+        self.gone = True
+        self.close(b"")
+
+    # -- to the agent
+
+    def close(self, data):
+        """The last bytes and the end of the response."""
+        self.worker.put(self.stream, RESPONSE_BODY, data, END)
+        self.closed()
+
+    def fail(self, message, details=""):
+        self.worker.put(self.stream, FAILURE, error_payload(message, details))
+        self.closed()
+
+    def closed(self):
+        self.is_open = False
+        del self.worker.exchanges[self.stream]
+        self.wake()
+
+    def on_error(self, exc):
+        cause = exc
+        while cause is not None:
+            if isinstance(cause, Disconnected):
+                return                  # the program heard of it and stopped, as it should
+            cause = cause.__cause__ or cause.__context__
+        details = format_error(exc)
+        log(details)
+        if self.is_open:
+            self.fail(describe(exc), details)
+
+    def give_back(self, count):
+        """Let the agent send as much more as the program has taken, half a window at once."""
+        self.taken += count
+        if self.taken >= CREDIT // 2 and self.is_open and not self.body_ended:
+            self.worker.put(self.stream, WINDOW, struct.pack("<I", self.taken))
+            self.taken = 0
+
+    # -- the program's side
+
+    def wake(self):
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def wait(self):
+        waiter = self.worker.loop.create_future()
+        self.waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            self.waiters.remove(waiter)
+
+    async def receive(self):
+        while self.is_open:
+            if self.body or self.body_ended and not self.body_told:
+                body = b"".join(self.body)
+                self.body.clear()
+                self.body_told = self.body_ended
+                self.give_back(len(body))
+                return {"type": "http.request", "body": body, "more_body": not self.body_ended}
+            await self.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message):
+        kind = message["type"]
+        self.check_open(kind)
+        if kind == "http.response.start":
+            if self.started:
+                raise RuntimeError("http.response.start was sent twice")
+            head = head_payload(message["status"], message.get("headers", ()))
+            self.started = True
+            self.worker.put(self.stream, RESPONSE_HEAD, head)
+        elif kind == "http.response.body":
+            if not self.started:
+                raise RuntimeError("http.response.body was sent before http.response.start")
+            body = message.get("body", b"")
+            if type(body) is not bytes:
+                if not isinstance(body, (bytes, bytearray, memoryview)):
+                    raise TypeError("body is %s, not bytes" % type(body).__name__)
+                body = bytes(body)      # the program may go on changing its own
+            if len(body) > self.credit or len(body) > PIECE:
+                body = await self.send_pieces(body, kind)
+            self.credit -= len(body)
+            if not message.get("more_body", False):
+                self.close(body)
+            elif body:
+                self.worker.put(self.stream, RESPONSE_BODY, body)
+        else:
+            raise RuntimeError("unknown message type %r" % (kind,))
+
+    async def send_pieces(self, body, kind="http.response.body"):
+        """Send as credit comes in; return the last piece, which is within the credit."""
+        at, size = 0, len(body)
+        while size - at > min(self.credit, PIECE):
+            if self.credit > 0:
+                piece = body[at:at + min(self.credit, PIECE)]
+                at += len(piece)
+                self.credit -= len(piece)
+                self.worker.put(self.stream, RESPONSE_BODY, piece)
+            else:
+                await self.wait()
+                self.check_open(kind)
+        return body[at:]
+
+    def check_open(self, kind):
+        if self.gone:
+            raise Disconnected("the client has disconnected")
+        if not self.is_open:
+            raise RuntimeError("%s was sent after the response was complete" % (kind,))
+
+
+# ---- Event: an aleph.message and its reply ----------------------------------------------
+
+EVENT = contextvars.ContextVar("event")     # set in the call of an event and all its tasks
+
+
+def track_tasks(loop):
+    """From now on, note the tasks that an event's call creates, directly or not."""
+    make = loop.get_task_factory() or (lambda loop, coro, **kw: asyncio.Task(coro, loop=loop, **kw))
+
+    def factory(loop, coro, **kw):
+        task = make(loop, coro, **kw)
+        event = EVENT.get(None)
+        if event is not None:
+            event.tasks.add(task)
+            task.add_done_callback(event.tasks.discard)
+        return task
+
+    loop.set_task_factory(factory)
+
+
+class Event(Exchange):
+    """The reply is the first message that the program sends, as msgpack. Programs send from
+    the call itself, from a coroutine that it returns, or from a task that it leaves behind."""
+
+    __slots__ = ("tasks",)
+
+    def start(self):
+        self.tasks = set()
+        self.body = [self.scope.get("body", "")]
+        if not self.worker.tracks_tasks:
+            self.worker.tracks_tasks = True
+            track_tasks(self.worker.loop)
+        super().start()
+
+    async def call(self):
+        EVENT.set(self)
+        result = await self.worker.app(self.scope, self.receive, self.send)
+        if inspect.isawaitable(result):
+            await result
+        deadline = time.monotonic() + EVENT_TASKS_S
+        while self.tasks and not self.started and self.is_open:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            done, _ = await asyncio.wait(set(self.tasks), timeout=left,
+                                         return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if not self.started:
+                    task.result()       # raises what the task raised
+        while self.started and self.is_open:
+            await self.wait()           # a task is still sending
+        if self.is_open:
+            self.close(b"")
+
+    async def receive(self):
+        if self.body:
+            return {"type": "aleph.message", "body": self.body.pop(), "more_body": False}
+        while self.is_open:
+            await self.wait()
+        return {"type": "aleph.disconnect"}
+
+    async def send(self, message):
+        if self.started or not self.is_open:
+            return                      # only the first message counts
+        reply = pack(message)
+        self.started = True
+        try:
+            reply = await self.send_pieces(reply)
+        except Disconnected:
+            return
+        self.credit -= len(reply)
+        self.close(reply)
+
+
+def pack(value, depth=0):
+    """msgpack of what a program sends; what msgpack does not know goes as its text."""
+    if depth > MSGPACK_DEPTH:
+        raise ValueError("a reply nested deeper than %d levels" % MSGPACK_DEPTH)
+    if value is None:
+        return b"\xc0"
+    if value is True or value is False:
+        return b"\xc3" if value else b"\xc2"
+    if isinstance(value, int) and -(1 << 63) <= value < 1 << 64:
+        if -32 <= value < 128:
+            return struct.pack("b" if value < 0 else "B", value)
+        return struct.pack(">BQ", 0xcf, value) if value > 0 else struct.pack(">Bq", 0xd3, value)
+    if isinstance(value, float):
+        return struct.pack(">Bd", 0xcb, value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return pack_size(memoryview(value).nbytes, (0, 0), (0xc4, 0xc5, 0xc6)) + bytes(value)
+    if isinstance(value, (list, tuple)):
+        return (pack_size(len(value), (0x90, 16), (None, 0xdc, 0xdd))
+                + b"".join([pack(item, depth + 1) for item in value]))
+    if isinstance(value, dict):
+        return (pack_size(len(value), (0x80, 16), (None, 0xde, 0xdf))
+                + b"".join([pack_key(key) + pack(value[key], depth + 1) for key in value]))
+    text = str(value).encode("utf-8", "replace")
+    return pack_size(len(text), (0xa0, 32), (0xd9, 0xda, 0xdb)) + text
+
+
+def pack_key(key):
+    simple = key is None or isinstance(key, (str, bytes, bool, int, float))
+    return pack(key if simple else str(key))
+
+
+def pack_size(size, short, codes):
+    """The head of a sized value: in the type byte, or after it in 1, 2 or 4 bytes."""
+    base, limit = short
+    if size < limit:
+        return bytes([base + size])
+    for code, form, top in zip(codes, (">BB", ">BH", ">BI"), (0xff, 0xffff, 0xffffffff)):
+        if code is not None and size <= top:
+            return struct.pack(form, code, size)
+    raise ValueError("a reply of %d parts is too large" % size)
+
+
+# ---- WSGI: the same exchange, with the program in a thread ---------------------------------
+
+class WsgiInput(io.RawIOBase):
+    """wsgi.input under its BufferedReader: blocks the thread until the client sends more."""
+
+    def __init__(self, exchange):
+        self.exchange = exchange
+        self.piece = memoryview(b"")
+
+    def readable(self):
+        return True
+
+    def readinto(self, room):
+        if not self.piece:
+            self.piece = memoryview(self.exchange.next_piece())
+        count = min(len(room), len(self.piece))
+        room[:count] = self.piece[:count]
+        self.piece = self.piece[count:]
+        return count
+
+
+class WsgiExchange(Exchange):
+    """A request of a WSGI program (PEP 3333). run_wsgi and what it calls run in the thread;
+    `lock` guards body, body_ended, credit, is_open and gone, which both sides look at."""
+
+    __slots__ = ("lock", "head", "as_event", "reply")
+
+    def start(self):
+        self.lock = threading.Condition()
+        self.head = None                # what start_response was given, until it is sent
+        self.reply = []                 # of an event: the body, gathered
+        self.as_event = self.scope["type"] != "http"
+        if self.as_event:
+            self.as_request()
+        self.worker.running.add(self)
+        self.worker.pool.submit(self.run_wsgi)
+
+    def as_request(self):
+        """An event is POST / with the event as the body."""
+        body = self.scope.get("body", "").encode("utf-8", "replace")
+        self.body.append(body)
+        self.body_ended = True
+        self.scope = {
+            "type": "http", "http_version": "1.1", "method": "POST", "scheme": "http",
+            "path": "/", "raw_path": b"/", "query_string": b"", "root_path": "",
+            "headers": [(b"host", b"localhost"), (b"aleph-event", b"aleph.message"),
+                        (b"content-length", b"%d" % len(body))],
+            "client": None, "server": ("localhost", 80)}
+
+    # -- in the loop
+
+    def wake(self):
+        with self.lock:
+            self.lock.notify_all()
+
+    def on_window(self, more):
+        with self.lock:
+            self.credit += more
+            self.lock.notify_all()
+
+    def emit(self, head, data, ended):
+        if not self.is_open:
+            return                      # disconnected while this was on its way
+        if head is not None:
+            self.worker.put(self.stream, RESPONSE_HEAD, head)
+        if ended:
+            self.close(data)
+        elif data:
+            self.worker.put(self.stream, RESPONSE_BODY, data)
+
+    def done(self, exc):
+        self.worker.running.discard(self)
+        if exc is not None:
+            self.on_error(exc)
+        elif self.is_open:
+            self.fail("the program returned without a complete response")
+
+    # -- in the thread
+
+    def in_loop(self, function, *args):
+        self.worker.loop.call_soon_threadsafe(function, *args)
+
+    def run_wsgi(self):
+        error = None
+        try:
+            result = self.worker.app(self.environ(), self.start_response)
+            try:
+                if isinstance(result, (list, tuple)):
+                    result = [b"".join(result)]
+                for data in result:
+                    if data:
+                        self.write(data)
+            finally:
+                if hasattr(result, "close"):
+                    result.close()
+            self.finish()
+        except BaseException as exc:    # SystemExit would end the thread silently
+            error = exc
+        self.in_loop(self.done, error)
+
+    def environ(self):
+        scope = self.scope
+        path = self.worker.unquote(scope["raw_path"] or b"/").decode("latin-1")
+        root = scope.get("root_path", "").encode().decode("latin-1")
+        host, port = scope.get("server") or ("localhost", 80)
+        env = {
+            "REQUEST_METHOD": scope["method"],
+            "SCRIPT_NAME": root,
+            "PATH_INFO": path[len(root):] if root and path.startswith(root) else path,
+            "QUERY_STRING": scope["query_string"].decode("latin-1"),
+            "SERVER_NAME": host,
+            "SERVER_PORT": str(port or 80),
+            "SERVER_PROTOCOL": "HTTP/" + scope["http_version"],
+            "REMOTE_ADDR": "",
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": scope["scheme"],
+            "wsgi.input": self.input(),
+            "wsgi.input_terminated": True,      # reading to the end is safe without a length
+            "wsgi.errors": sys.stderr,
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+        }
+        if scope.get("client"):
+            env["REMOTE_ADDR"], env["REMOTE_PORT"] = scope["client"][0], str(scope["client"][1])
+        for name, value in scope["headers"]:
+            if b"_" in name:
+                continue                # would pass for the header spelt with a hyphen
+            key = name.decode("latin-1").upper().replace("-", "_")
+            if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+                key = "HTTP_" + key
+            value = value.decode("latin-1")
+            if key in env:
+                value = env[key] + ("; " if key == "HTTP_COOKIE" else ",") + value
+            env[key] = value
+        return env
+
+    def input(self):
+        if self.body_ended and not self.body:
+            return io.BytesIO()
+        return io.BufferedReader(WsgiInput(self), PIECE)
+
+    def next_piece(self):
+        with self.lock:
+            while not self.body and not self.body_ended and self.is_open:
+                self.lock.wait()
+            if self.gone:
+                raise Disconnected("the client has disconnected")
+            piece = self.body.pop(0) if self.body else b""
+        if piece:
+            self.in_loop(self.give_back, len(piece))
+        return piece
+
+    def start_response(self, status, headers, exc_info=None):
+        if exc_info:
+            try:
+                if self.started:
+                    raise exc_info[1].with_traceback(exc_info[2])
+            finally:
+                exc_info = None         # no cycle through this frame
+        elif self.head is not None:
+            raise RuntimeError("start_response was called twice")
+        if not isinstance(status, str) or not status[:3].isdigit():
+            raise ValueError("status is %r, not like '200 OK'" % (status,))
+        pairs = []
+        for name, value in headers:
+            if not isinstance(name, str) or not isinstance(value, str):
+                raise TypeError("header %r: %r is not made of str" % (name, value))
+            pairs.append((name.encode("latin-1"), value.encode("latin-1")))
+        self.head = head_payload(int(status[:3]), pairs)
+        return self.write
+
+    def write(self, data):
+        if self.head is None:
+            raise RuntimeError("the body came before start_response was called")
+        if not isinstance(data, bytes):
+            raise TypeError("body is %s, not bytes" % type(data).__name__)
+        if self.as_event:
+            self.started = True
+            self.reply.append(data)
+        else:
+            self.emit_pieces(data)
+
+    def finish(self):
+        if self.head is None:
+            raise RuntimeError("the program returned without calling start_response")
+        if self.as_event:
+            self.emit_pieces(pack(b"".join(self.reply)))
+        self.in_loop(self.emit, self.take_head(), b"", True)
+
+    def take_head(self):
+        """The head, the first time; an event's reply has none."""
+        first, self.started = not self.started, True
+        return self.head if first and not self.as_event else None
+
+    def emit_pieces(self, data):
+        at = 0
+        while at < len(data):
+            with self.lock:
+                while self.credit <= 0 and self.is_open:
+                    self.lock.wait()
+                if not self.is_open:
+                    raise Disconnected("the client has disconnected")
+                piece = data[at:at + min(self.credit, PIECE)]
+                self.credit -= len(piece)
+            at += len(piece)
+            self.in_loop(self.emit, self.take_head(), piece, False)
+
+
+# ---- Loading the program ---------------------------------------------------------------
+
+def prepare(conf, pythonpath):
+    """Environment, working folder and sys.path, as if the interpreter had started with them.
+    `pythonpath` is what PYTHONPATH was when it did."""
+    os.environ.update(conf.get("env") or {})
+    if "TZ" in os.environ:
+        time.tzset()
+    folder = conf["dir"]
+    try:
+        os.chdir(folder)
+    except OSError as exc:
+        raise StartError("the code folder %s cannot be entered: %s" % (folder, exc.strerror))
+    wanted = os.environ.get("PYTHONPATH", "")
+    if wanted != pythonpath:
+        old, new = ([os.path.abspath(entry) for entry in text.split(os.pathsep)] if text else []
+                    for text in (pythonpath, wanted))
+        sys.path[:] = new + [entry for entry in sys.path if entry not in old]
+    front = [folder] + list(conf.get("path") or ())
+    sys.path[:] = front + [entry for entry in sys.path if entry not in front]
+    importlib.invalidate_caches()       # folders may have appeared since the interpreter started
+
+
+def split_entry(entry, plain):
+    """`module.path:attribute` in two; plain code is the module main, which may be left out."""
+    module, colon, attribute = entry.partition(":")
+    if plain and not colon:
+        module, colon, attribute = "main", ":", entry
+    why = ("has no colon" if not colon else
+           "has no module before the colon" if not module else
+           "has no attribute after the colon" if not attribute else
+           "has two colons" if ":" in attribute else
+           "does not name a Python module" if not all(map(str.isidentifier, module.split("."))) else
+           "does not name an attribute" if not all(map(str.isidentifier, attribute.split("."))) else
+           "is not in plain code, which is the module main" if plain and module != "main" else "")
+    if why:
+        raise StartError("entrypoint %r %s; it looks like main:app" % (entry, why))
+    return module, attribute
+
+
+def import_entry(module):
+    try:
+        __import__(module)              # not import_module: it leaves its frames in tracebacks
+    except ModuleNotFoundError as exc:
+        inside = exc.__traceback__.tb_next      # None: no line of the program ran
+        if inside is None or exc.name is None or not (module + ".").startswith(exc.name + "."):
+            if inside is not None:
+                raise
+        raise StartError("there is no module %s in %s or elsewhere on sys.path"
+                         % (exc.name or module, os.getcwd())) from None
+    return sys.modules[module]
+
+
+def exec_plain(code):
+    module = types.ModuleType("main")
+    module.__file__ = "<main>"
+    source = code if isinstance(code, str) else code.decode("utf-8-sig", "replace")
+    linecache.cache["<main>"] = (len(source), None, source.splitlines(True), "<main>")
+    sys.modules["main"] = module
+    exec(compile(code, "<main>", "exec", dont_inherit=True), module.__dict__)
+    return module
+
+
+def load(conf):
+    """The object that the entrypoint names; whatever goes wrong is a StartError."""
+    entry, code = conf["entry"], conf.get("code")
+    module, attribute = split_entry(entry, code is not None)
+    pid = os.getpid()
+    try:
+        found = exec_plain(code) if code is not None else import_entry(module)
+        for name in attribute.split("."):
+            if not hasattr(found, name):
+                what = "module" if isinstance(found, types.ModuleType) else type(found).__name__
+                raise StartError("%s %s has no attribute %s" % (what, module, name))
+            found = getattr(found, name)
+    except StartError:
+        raise
+    except SystemExit as exc:
+        if os.getpid() != pid:
+            raise
+        raise StartError("the program called exit(%s) while it was imported"
+                         % ("" if exc.code is None else repr(exc.code)), format_error(exc))
+    except BaseException as exc:
+        raise StartError("%s cannot be imported: %s" % (module, describe(exc)), format_error(exc))
+    finally:
+        if os.getpid() != pid:          # a child that the program forked and did not end
+            leave(0)
+    if not callable(found):
+        raise StartError("%s is %s, which cannot be called" % (entry, type(found).__name__))
+    return found
+
+
+def interface_of(app, entry):
+    """"asgi3", "asgi2" or "wsgi", by the arguments that the program takes."""
+    call = app if inspect.isclass(app) or inspect.isroutine(app) else getattr(app, "__call__", app)
+    is_async = inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(call)
+    try:
+        parameters = inspect.signature(app).parameters.values()
+    except (TypeError, ValueError):     # made in C: nothing to see
+        return "asgi3"
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    named = [p for p in parameters if p.kind in kinds]
+    need = sum(p.default is p.empty for p in named)
+    most = len(named)
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        most = sys.maxsize
+    if is_async and need <= 3 <= most:
+        return "asgi3"
+    if not is_async and need <= 2 <= most and (need == 2 or most == 2):
+        return "wsgi"
+    if not is_async and need <= 3 <= most:
+        return "asgi3"
+    if not is_async and need <= 1 <= most:
+        return "asgi2"
+    raise StartError("%s takes neither (scope, receive, send) nor (environ, start_response)" % entry)
+
+
+# ---- Lifespan --------------------------------------------------------------------------
+
+class Lifespan:
+    """Startup and shutdown of an ASGI program, in one call that lasts as long as it does."""
+
+    def __init__(self, app, state):
+        self.app = app
+        self.state = state
+        self.events = asyncio.Queue()
+        self.changed = asyncio.Event()
+        self.answer = None              # the last lifespan message that the program sent
+        self.taken = False              # it has taken the startup event
+        self.strayed = False            # it has sent what is no lifespan message
+        self.task = None
+
+    async def run(self):
+        scope = {"type": "lifespan", "state": self.state,
+                 "asgi": {"version": "3.0", "spec_version": "2.0"}}
+        await self.app(scope, self.receive, self.send)
+
+    async def receive(self):
+        event = await self.events.get()
+        self.taken = True
+        return event
+
+    async def send(self, message):
+        kind = message["type"]
+        if not str(kind).startswith("lifespan."):
+            self.strayed = True
+            raise RuntimeError("%r was sent in a lifespan" % (kind,))
+        self.answer = message
+        self.changed.set()
+
+    async def startup(self, limit_s):
+        if self.app is None:            # WSGI knows no lifespan
+            return
+        self.events.put_nowait({"type": "lifespan.startup"})
+        self.task = asyncio.get_running_loop().create_task(self.run())
+        self.task.add_done_callback(lambda task: self.changed.set())
+        try:
+            await asyncio.wait_for(self.changed.wait(), limit_s)
+        except asyncio.TimeoutError:
+            raise StartError("lifespan startup not answered within %g s" % limit_s,
+                             waiting_at(self.task.get_coro()))
+        kind = self.answer["type"] if self.answer else ""
+        if kind == "lifespan.startup.failed":
+            text = str(self.answer.get("message", "")).strip()
+            raise StartError(("lifespan startup failed: " + text.split("\n")[-1]).rstrip(": "), text)
+        if kind != "lifespan.startup.complete":
+            self.without()
+
+    def without(self):
+        """The call ended unanswered: a program without lifespan support, unless its own
+        startup raised. A program that takes the event for a request trips over what is not
+        there; by the ASGI specification it must start all the same."""
+        error = None
+        if self.task.cancelled():
+            error = asyncio.CancelledError()
+        elif self.task.exception() is not None:
+            error = self.task.exception()
+        if error is None or not self.taken or self.strayed:
+            return
+        if isinstance(error, (KeyError, TypeError, AttributeError)):
+            log(format_error(error))
+            return
+        raise StartError("lifespan startup failed: " + describe(error), format_error(error))
+
+    async def shutdown(self):
+        if self.task is None or self.task.done():
+            return
+        self.changed.clear()
+        self.events.put_nowait({"type": "lifespan.shutdown"})
+        await self.changed.wait()
+        if self.answer["type"] == "lifespan.shutdown.failed":
+            log("lifespan shutdown failed: %s" % self.answer.get("message", ""))
+        await asyncio.wait({self.task}, timeout=DRAIN_S)
+        if self.task.done() and not self.task.cancelled() and self.task.exception():
+            log(format_error(self.task.exception()))
+
+
+# ---- Worker: the program and its exchanges ---------------------------------------------------
+
+class Worker:
+    def __init__(self, channel):
+        self.channel = channel
+        self.put = channel.put
+        self.exchanges = {}             # open streams, by number
+        self.running = set()            # calls that have not returned, some past their response
+        self.state = {}                 # lifespan state, copied for each request
+        self.tracks_tasks = False
+        self.ready = self.stopping = False
+
+    async def serve(self, conf, pythonpath):
+        self.loop = asyncio.get_running_loop()
+        self.stop = asyncio.Event()
+        try:
+            lifespan = await self.start(conf, pythonpath)
+        except StartError as exc:       # whatever the program has begun ends here
+            log(exc.details or str(exc))
+            self.channel.say(START_FAILED, error_payload(str(exc), exc.details))
+            leave(1)
+        self.ready = True
+        self.put(0, READY)
+        await self.stop.wait()
+        await self.drain()
+        await lifespan.shutdown()
+
+    async def start(self, conf, pythonpath):
+        prepare(conf, pythonpath)
+        self.app = load(conf)
+        lifespan = self.adapt(conf["entry"])
+        self.channel.start(self.loop, self.on_frame, self.on_end)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.add_signal_handler(number, self.on_stop)
+        await lifespan.startup(conf.get("lifespan_s", 30.0))
+        return lifespan
+
+    def adapt(self, entry):
+        """Make self.app callable as its kind wants."""
+        app, kind = self.app, interface_of(self.app, entry)
+        self.http, self.event = Exchange, Event
+        if kind == "wsgi":
+            from concurrent.futures import ThreadPoolExecutor
+            from urllib.parse import unquote_to_bytes
+            self.pool, self.unquote = ThreadPoolExecutor(THREADS, "wsgi"), unquote_to_bytes
+            self.http = self.event = WsgiExchange
+            return Lifespan(None, None)
+        if kind == "asgi2":
+            async def asgi3(scope, receive, send):
+                return await app(scope)(receive, send)
+            self.app = asgi3
+        return Lifespan(self.app, self.state)
+
+    def on_frame(self, stream, kind, flags, payload):
+        if kind == REQUEST:
+            scope = marshal.loads(payload)
+            make = self.http if scope["type"] == "http" else self.event
+            exchange = make(self, stream, scope, flags & END != 0)
+            self.exchanges[stream] = exchange
+            if self.stopping:
+                exchange.fail("the program is shutting down")
+            else:
+                exchange.start()
+        elif kind == SHUTDOWN:
+            self.on_stop()
+        else:
+            exchange = self.exchanges.get(stream)
+            if exchange is None:
+                pass                    # we have closed it; the agent did not know yet
+            elif kind == REQUEST_BODY:
+                exchange.on_body(payload, flags & END != 0)
+            elif kind == WINDOW:
+                exchange.on_window(int.from_bytes(payload, "little"))
+            elif kind == DISCONNECT:
+                exchange.on_disconnect()
+
+    def on_end(self):
+        """The agent is gone: nobody waits for any answer."""
+        for exchange in list(self.exchanges.values()):
+            exchange.gone = True
+            exchange.closed()
+        self.on_stop()
+
+    def on_stop(self):
+        if not self.ready:
+            leave(0)                    # a program that has not started needs no shutdown
+        self.stopping = True
+        self.stop.set()
+
+    async def drain(self):
+        deadline = time.monotonic() + DRAIN_S
+        while self.exchanges and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        for exchange in list(self.exchanges.values()):
+            exchange.fail("the program is shutting down")
+        await asyncio.sleep(0)          # the last frames leave at the end of this turn
+
+
+def main():
+    pythonpath = os.environ.get("PYTHONPATH", "")
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(line_buffering=True)
+    channel = Channel(socket.socket(fileno=3))
+    channel.say(HELLO)
+    kind, payload = channel.wait_for_frame()
+    if kind != CONFIGURE:
+        return                          # told to stop, or the agent is gone
+    asyncio.run(Worker(channel).serve(marshal.loads(payload), pythonpath))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+def deep():
+    raise ValueError("at import")
+
+
+deep()

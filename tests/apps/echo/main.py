@@ -1,0 +1,243 @@
+"""Tells what the program sees of a request, and does whatever a bad program may do.
+
+Any path not listed below answers with the request as JSON.
+
+  /bytes/N            N bytes in one message        /raise        raises before the start
+  /stream/PARTS/SIZE  PARTS messages of SIZE bytes  /late         raises after the start
+  /sleep/S            answers after S seconds       /never        never answers
+  /slowread/S         waits S s, then reads         /early        body before start
+  /background/S       answers, then works S s       /nothing      returns without an answer
+  /state              lifespans begun, and state    /badheader    CR LF in a header's value
+  /env /pid /threads  of this process               /disconnects  how many clients went away
+  /flood/N            prints N MiB                  /print/TEXT   prints a line
+  /exit/N             os._exit(N)                   /kill9        SIGKILL to itself
+  /stop               SIGSTOP to itself             /block/S      blocks the event loop
+  /closefds           closes fd 3 and up            /fork         a child that stays, with our fds
+  /rawframe?hex=..    writes bytes to fd 3          /fill         fills fd 3 until it blocks
+"""
+import asyncio
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from urllib.parse import parse_qs
+
+lifespans = 0
+disconnects = 0
+
+
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        return await lifespan(scope, receive, send)
+    if scope["type"] == "aleph.message":
+        return await send({"event": scope["body"], "pid": os.getpid()})
+    name, *args = scope["path"].strip("/").split("/")
+    await routes.get(name, echo)(scope, receive, send, *args)
+
+
+async def lifespan(scope, receive, send):
+    global lifespans
+    lifespans += 1
+    await receive()
+    scope["state"]["from_lifespan"] = "yes"
+    print("lifespan startup", flush=True)
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+    print("lifespan shutdown", flush=True)
+    await send({"type": "lifespan.shutdown.complete"})
+
+
+async def start(send, status=200, headers=()):
+    await send({"type": "http.response.start", "status": status, "headers": list(headers)})
+
+
+async def answer(send, value):
+    body = json.dumps(value).encode() + b"\n"
+    await start(send, 200, [(b"content-type", b"application/json"),
+                            (b"content-length", b"%d" % len(body))])
+    await send({"type": "http.response.body", "body": body})
+
+
+async def read(receive):
+    size, digest, parts = 0, hashlib.sha256(), 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ConnectionError("the client went away inside the body")
+        size += len(message["body"])
+        digest.update(message["body"])
+        parts += 1
+        if not message["more_body"]:
+            return size, digest.hexdigest(), parts
+
+
+async def echo(scope, receive, send, *args):
+    size, digest, parts = await read(receive)
+    await answer(send, {
+        "method": scope["method"],
+        "path": scope["path"],
+        "raw_path": scope["raw_path"].decode("latin-1"),
+        "query": scope["query_string"].decode("latin-1"),
+        "root_path": scope["root_path"],
+        "http_version": scope["http_version"],
+        "scheme": scope["scheme"],
+        "client": scope["client"],
+        "server": scope["server"],
+        "asgi": scope["asgi"],
+        "headers": [[name.decode("latin-1"), value.decode("latin-1")]
+                    for name, value in scope["headers"]],
+        "body_bytes": size,
+        "body_sha256": digest,
+    })
+
+
+async def bytes_(scope, receive, send, count):
+    await start(send)
+    await send({"type": "http.response.body", "body": b"x" * int(count)})
+
+
+async def stream(scope, receive, send, parts, size):
+    await start(send)
+    for number in range(int(parts)):
+        await send({"type": "http.response.body", "more_body": True,
+                    "body": bytes([97 + number % 26]) * int(size)})
+    await send({"type": "http.response.body"})
+
+
+async def sleep(scope, receive, send, seconds):
+    await asyncio.sleep(float(seconds))
+    await answer(send, {"slept": float(seconds)})
+
+
+async def slowread(scope, receive, send, seconds):
+    await asyncio.sleep(float(seconds))
+    await echo(scope, receive, send)
+
+
+async def background(scope, receive, send, seconds):
+    await answer(send, {"background": float(seconds)})
+    await asyncio.sleep(float(seconds))
+    print("background done", flush=True)
+
+
+async def state(scope, receive, send):
+    await answer(send, {"lifespans": lifespans, "state": scope["state"]})
+
+
+async def never(scope, receive, send):
+    global disconnects
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    disconnects += 1
+
+
+async def raise_(scope, receive, send):
+    raise ValueError("raised on purpose")
+
+
+async def late(scope, receive, send):
+    await start(send)
+    await send({"type": "http.response.body", "body": b"half", "more_body": True})
+    raise ValueError("raised in the middle")
+
+
+async def early(scope, receive, send):
+    await send({"type": "http.response.body", "body": b"too early"})
+
+
+async def nothing(scope, receive, send):
+    pass
+
+
+async def badheader(scope, receive, send):
+    await start(send, 200, [(b"x-test", b"one\r\nx-smuggled: two")])
+    await send({"type": "http.response.body", "body": b"never sent"})
+
+
+async def exit_(scope, receive, send, code):
+    os._exit(int(code))
+
+
+async def flood(scope, receive, send, mib):
+    line = "f" * 1023
+    for _ in range(int(mib) * 1024):
+        print(line)
+    await answer(send, {"printed": int(mib)})
+
+
+async def print_(scope, receive, send, text):
+    print(text)
+    await answer(send, {"printed": text})
+
+
+async def env(scope, receive, send):
+    await answer(send, dict(os.environ))
+
+
+async def pid(scope, receive, send):
+    await answer(send, {"pid": os.getpid(), "ppid": os.getppid(), "cwd": os.getcwd()})
+
+
+async def threads(scope, receive, send):
+    await answer(send, {"threads": threading.active_count()})
+
+
+async def count_disconnects(scope, receive, send):
+    await answer(send, {"disconnects": disconnects})
+
+
+async def kill9(scope, receive, send):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def stop(scope, receive, send):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    await answer(send, {"stopped": True})
+
+
+async def block(scope, receive, send, seconds):
+    time.sleep(float(seconds))
+    await answer(send, {"blocked": float(seconds)})
+
+
+async def closefds(scope, receive, send):
+    os.closerange(3, 1024)
+    await answer(send, {"closed": True})
+
+
+async def fork(scope, receive, send):
+    """The child closes nothing itself and outlives the worker."""
+    child = os.fork()
+    if child == 0:
+        time.sleep(30)
+        os._exit(0)
+    await answer(send, {"child": child})
+
+
+async def rawframe(scope, receive, send):
+    """Bytes of the program's own making on the agent's channel."""
+    data = bytes.fromhex(parse_qs(scope["query_string"].decode())["hex"][0])
+    os.set_blocking(3, True)
+    while data:
+        data = data[os.write(3, data):]
+    await asyncio.sleep(30)
+
+
+async def fill(scope, receive, send):
+    """Frames of an unknown type and stream, as many as the agent's patience takes."""
+    frame = (65536).to_bytes(4, "little") + b"\xff\xff\xff\x7f\xee\0\0\0" + bytes(65536)
+    os.set_blocking(3, True)
+    while True:
+        os.write(3, frame)
+
+
+routes = {
+    "bytes": bytes_, "stream": stream, "sleep": sleep, "slowread": slowread,
+    "background": background, "state": state, "never": never, "raise": raise_, "late": late,
+    "early": early, "nothing": nothing, "badheader": badheader, "exit": exit_, "flood": flood,
+    "print": print_, "env": env, "pid": pid, "threads": threads, "kill9": kill9, "stop": stop,
+    "block": block, "closefds": closefds, "fork": fork, "rawframe": rawframe, "fill": fill,
+    "disconnects": count_disconnects,
+}
