@@ -1,0 +1,378 @@
+# guest.sh - makes and boots guests: QEMU, Debian's kernel, a small Debian root with the agent
+# as /sbin/init. Sourced by build.sh (`run`) and tests/lib.sh, under bash with `set -eu`.
+#
+# The host's end of vsock is the program vhost-device-vsock: a Unix socket as Firecracker
+# offers it, so nothing here opens AF_VSOCK on the machine that builds.
+#
+# What was made stays in $GUEST_CACHE, each thing named after a hash of what went into it.
+
+GUEST_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+GUEST_CACHE=${GUEST_CACHE:-$GUEST_ROOT/out/guest}
+AGENT=${AGENT:-$GUEST_ROOT/out/agent}
+
+GUEST_PACKAGES='qemu-system-x86 mmdebstrap debian-archive-keyring e2fsprogs busybox-static cpio'
+
+# The vsock device: Debian's package, unpacked and not installed; it needs only glibc 2.34.
+# When the mirror has moved on, the same program is the Rust crate vhost-device-vsock 0.3.0.
+VSOCK_DEB=pool/main/r/rust-vhost-device-vsock/vhost-device-vsock_0.3.0-2_amd64.deb
+VSOCK_SHA256=fd36382419cc174f00d9b1691486b581e13e8c1168dc339b86b2a65180a29ce7
+
+# Debian builds the drivers of its cloud kernel as modules. The initramfs loads the first list
+# always, the second unless the kernel command line says guest.modules=root; the root image
+# holds both and the third.
+MODULES_DISK='virtio_pci virtio_blk'
+MODULES_REST='vmw_vsock_virtio_transport overlay squashfs virtio_net'
+MODULES_EXTRA='vsock_loopback'
+
+GUEST_MEMORY=${GUEST_MEMORY:-1024M}
+GUEST_CPUS=${GUEST_CPUS:-2}
+GUEST_ARGS='console=ttyS0 reboot=k panic=1 swiotlb=noforce random.trust_cpu=on loglevel=4 ro'
+GUEST_SILENT_S=10           # a boot that has printed nothing by then is started again
+GUEST_TRIES=3
+
+guest_say() { printf '%s\n' "guest: $*" >&2; }
+guest_die() {
+    guest_say "$*"
+    exit 1
+}
+
+# Makes sure that Debian packages are installed. build.sh brings its own.
+declare -F need >/dev/null || need() {
+    local package lacking=()
+    for package; do
+        dpkg-query -W -f '${Status}\n' "$package" 2>/dev/null | grep -q ' installed$' ||
+            lacking+=("$package")
+    done
+    [ ${#lacking[@]} -gt 0 ] || return 0
+    [ "$(id -u)" = 0 ] || guest_die "please install: ${lacking[*]}"
+    guest_say "installing ${lacking[*]}"
+    { apt-get update -q && DEBIAN_FRONTEND=noninteractive \
+        apt-get install -qy --no-install-recommends "${lacking[@]}"; } >&2
+}
+
+# Makes something once, however many ask for it at a time: guest_once PATH FUNCTION ARG… calls
+# FUNCTION TEMPORARY ARG… and moves TEMPORARY to PATH. A failed step ends the script: not to
+# be called where bash suspends `set -e`.
+guest_once() {
+    local path=$1 function=$2
+    shift 2
+    [ ! -e "$path" ] || return 0
+    mkdir -p "$GUEST_CACHE"
+    (
+        flock 9
+        [ ! -e "$path" ] || exit 0
+        rm -rf "$path.part"
+        "$function" "$path.part" "$@" 9>&-
+        mv "$path.part" "$path"
+    ) 9>"$GUEST_CACHE/lock"
+}
+
+# ---- Fetching ----------------------------------------------------------------------------
+
+# The Debian mirror that this machine uses.
+guest_mirror() {
+    local site
+    site=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 'Origin: Debian' \
+        'Label: Debian' | head -n 1)
+    site=${DEBIAN_MIRROR:-$site}
+    [ -n "$site" ] || guest_die 'apt knows no Debian mirror: run apt-get update, or set DEBIAN_MIRROR'
+    printf '%s\n' "$site"
+}
+
+# apt-get or apt-cache over the index of one suite, apart from the machine's own lists.
+guest_apt() {
+    local state=$1 tool=$2
+    shift 2
+    "$tool" -q -o Dir::Etc::sourcelist="$state/sources.list" -o Dir::Etc::sourceparts=- \
+        -o Dir::State::lists="$state/lists" -o Dir::Cache="$state/cache" \
+        -o APT::Sandbox::User=root -o Acquire::Languages=none \
+        -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false "$@"
+}
+
+guest_fetch_kernel() {
+    local to=$1 state=$1/apt name mirror deb
+    guest_say "fetching Debian's kernel"
+    mirror=$(guest_mirror)
+    mkdir -p "$state/lists/partial" "$state/cache/archives/partial" "$to/tree"
+    printf 'deb [signed-by=%s] %s bookworm main\n' \
+        /usr/share/keyrings/debian-archive-keyring.gpg "$mirror" >"$state/sources.list"
+    guest_apt "$state" apt-get update >&2
+    name=$(guest_apt "$state" apt-cache depends linux-image-cloud-amd64 |
+        sed -n 's/.*Depends: \(linux-image-.*-cloud-amd64\)$/\1/p' | head -n 1)
+    [ -n "$name" ] || guest_die 'linux-image-cloud-amd64 is not in the index of bookworm'
+    (cd "$to" && guest_apt "$state" apt-get download "$name" >&2)
+    deb=$(echo "$to"/linux-image-*.deb)
+    dpkg-deb --fsys-tarfile "$deb" | tar -x -C "$to/tree" ./boot ./lib
+    mv "$to"/tree/boot/vmlinuz-* "$to/vmlinuz"
+    guest_pick_modules "$to" "${name#linux-image-}"
+    rm -r "$to/tree" "$state" "$deb"
+}
+
+# Keeps the modules that guests need, as lib/modules/VERSION with its modules.dep, and the
+# order to load them in as the lists order.disk and order.rest.
+guest_pick_modules() {
+    local to=$1 version=$2 from=$1/tree/lib/modules/$2 kept=$1/lib/modules/$2 path
+    busybox depmod -b "$to/tree" "$version"
+    mkdir -p "$kept"
+    guest_module_order "$from/modules.dep" $MODULES_DISK >"$to/order.disk"
+    guest_module_order "$from/modules.dep" $MODULES_DISK $MODULES_REST |
+        grep -vxFf "$to/order.disk" >"$to/order.rest"
+    guest_module_order "$from/modules.dep" $MODULES_DISK $MODULES_REST $MODULES_EXTRA |
+        while read -r path; do
+            install -D -m 644 "$from/$path" "$kept/$path"
+        done
+    busybox depmod -b "$to" "$version"
+}
+
+# Paths of the named modules and of all that they need, needed first.
+guest_module_order() {
+    local dep=$1
+    shift
+    awk -v wanted="$*" '
+        function add(path,    n, i, parts) {
+            if (path in done)
+                return
+            done[path] = 1
+            n = split(needs[path], parts, " ")
+            for (i = n; i > 0; i--)
+                add(parts[i])
+            print path
+        }
+        {
+            path = $1
+            sub(/:$/, "", path)
+            name = path
+            sub(/.*\//, "", name)
+            sub(/\.ko$/, "", name)
+            gsub(/-/, "_", name)
+            paths[name] = path
+            $1 = ""
+            needs[path] = $0
+        }
+        END {
+            n = split(wanted, names, " ")
+            for (i = 1; i <= n; i++) {
+                if (!(names[i] in paths)) {
+                    print "no module " names[i] >"/dev/stderr"
+                    exit 1
+                }
+                add(paths[names[i]])
+            }
+        }' "$dep"
+}
+
+guest_fetch_vsock() {
+    local to=$1 mirror
+    guest_say 'fetching vhost-device-vsock'
+    mirror=$(guest_mirror)
+    mkdir -p "$to"
+    /usr/lib/apt/apt-helper -q download-file "$mirror/$VSOCK_DEB" "$to/deb" \
+        "SHA256:$VSOCK_SHA256" >&2 ||
+        guest_die "no vhost-device-vsock with the pinned hash at the mirror: no guest can be booted"
+    dpkg-deb -x "$to/deb" "$to"
+    rm "$to/deb"
+}
+
+# ---- The initramfs and the root images -----------------------------------------------------
+
+# What runs before /sbin/init: loads modules, mounts the root read-only, leaves. It keeps
+# /dev, as a kernel that mounts the root itself does, and no other mount.
+guest_initramfs_init() {
+    cat <<'INIT'
+#!/bin/busybox sh
+bb=/bin/busybox
+$bb mount -t proc proc /proc
+$bb mount -t devtmpfs dev /dev
+orders=/order.disk
+case " $($bb cat /proc/cmdline) " in
+*" guest.modules=root "*) ;;
+*) orders="$orders /order.rest" ;;
+esac
+for path in $($bb cat $orders); do
+    $bb insmod /modules/${path##*/} || echo "guest: cannot load $path"
+done
+echo "guest: modules loaded"
+until [ -b /dev/vda ]; do $bb usleep 5000; done
+$bb mount -o ro /dev/vda /root || exit 1
+$bb mount --move /dev /root/dev
+$bb umount /proc
+exec $bb switch_root /root /sbin/init "$@"
+INIT
+}
+
+guest_make_initramfs() {
+    local to=$1 kernel=$2 tree=$1.tree
+    rm -rf "$tree"
+    mkdir -p "$tree"/{bin,dev,proc,root,modules}
+    cp "$(command -v busybox)" "$tree/bin/busybox"
+    cp "$kernel"/order.* "$tree"
+    find "$kernel/lib/modules" -name '*.ko' -exec cp {} "$tree/modules" \;
+    guest_initramfs_init >"$tree/init"
+    chmod 755 "$tree/init"
+    (cd "$tree" && find . | cpio -o -H newc --quiet -R 0:0) >"$to"
+    rm -r "$tree"
+}
+
+# A root without init: Debian's packages, and the kernel's modules for a guest that loads
+# them itself. The free space is for the agent.
+guest_make_base() {
+    local to=$1 recipe=$2 kernel=$3 mirror tree=$1.tree size
+    local SUITE PACKAGES
+    . "$recipe"
+    guest_say "making the image ${recipe##*/}: $PACKAGES (once, about a minute)"
+    mirror=$(guest_mirror)
+    rm -rf "$tree"
+    mmdebstrap --quiet --variant=minbase --include="${PACKAGES// /,}" \
+        --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/man/*' \
+        --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+        "$SUITE" "$tree" "$mirror" >&2
+    cp -r "$kernel/lib/modules" "$tree/usr/lib/"
+    size=$(du -xsm "$tree" | cut -f 1)
+    mke2fs -q -F -t ext4 -O ^has_journal -m 0 -d "$tree" "$to" "$((size * 115 / 100 + 32))M"
+    rm -r "$tree"
+}
+
+guest_make_image() {
+    local to=$1 base=$2
+    cp --sparse=always "$base" "$to"
+    debugfs -w -f - "$to" >/dev/null 2>&1 <<EOF
+cd /usr/sbin
+write "$AGENT" init
+set_inode_field init mode 0100755
+EOF
+    debugfs -R 'cat /usr/sbin/init' "$to" 2>/dev/null | cmp -s - "$AGENT" ||
+        guest_die "could not write $AGENT into the image"
+}
+
+guest_hash() { cat "$@" | sha256sum | cut -c 1-12; }
+
+# Everything that any guest needs. Sets GUEST_KERNEL, GUEST_INITRAMFS and GUEST_VSOCK.
+guest_need() {
+    need $GUEST_PACKAGES
+    GUEST_KERNEL=$GUEST_CACHE/kernel-$(declare -f guest_fetch_kernel guest_pick_modules \
+        guest_module_order | guest_hash - <(echo "$MODULES_DISK,$MODULES_REST,$MODULES_EXTRA"))
+    guest_once "$GUEST_KERNEL" guest_fetch_kernel
+    GUEST_INITRAMFS=$GUEST_KERNEL-$(guest_hash <(guest_initramfs_init) "$(command -v busybox)").cpio
+    guest_once "$GUEST_INITRAMFS" guest_make_initramfs "$GUEST_KERNEL"
+    guest_once "$GUEST_CACHE/vsock-${VSOCK_SHA256:0:12}" guest_fetch_vsock
+    GUEST_VSOCK=$GUEST_CACHE/vsock-${VSOCK_SHA256:0:12}/usr/bin/vhost-device-vsock
+}
+
+# The Debian tree of the recipe runtimes/NAME, without the agent. Sets GUEST_BASE.
+guest_base() {
+    local recipe=$GUEST_ROOT/runtimes/$1
+    guest_need
+    GUEST_BASE=$GUEST_CACHE/$1-$(declare -f guest_make_base |
+        guest_hash - "$recipe" <(echo "${GUEST_KERNEL##*/}")).base
+    guest_once "$GUEST_BASE" guest_make_base "$recipe" "$GUEST_KERNEL"
+}
+
+# The image of the recipe with today's agent in it. Sets GUEST_IMAGE.
+guest_image() {
+    guest_base "$1"
+    GUEST_IMAGE=${GUEST_BASE%.base}-$(declare -f guest_make_image | guest_hash - "$AGENT").ext4
+    guest_once "$GUEST_IMAGE" guest_make_image "$GUEST_BASE"
+    touch "$GUEST_IMAGE"
+    # Every build of the agent leaves one behind.
+    ls -t "$GUEST_CACHE/$1"-*.ext4 | tail -n +5 | xargs -r -d '\n' rm -f
+}
+
+# ---- Booting ---------------------------------------------------------------------------
+
+# Starts a process that ends with this shell and that a ctrl-C does not reach: spawn LOG COMMAND…
+# Sets SPAWNED.
+spawn() {
+    local log=$1
+    shift
+    setpriv --pdeathsig KILL setsid "$@" >"$log" 2>&1 </dev/null &
+    SPAWNED=$!
+}
+
+# Ends processes that this shell started.
+unspawn() {
+    local pid
+    for pid; do
+        kill -KILL "$pid" 2>/dev/null || true
+        wait "$pid" 2>/dev/null || true
+    done
+}
+
+guest_qemu() {
+    local accel=$1
+    shift
+    case $accel in
+    kvm) set -- -accel kvm -cpu host "$@" ;;
+    *) set -- -accel tcg,thread=multi -cpu max "$@" ;;
+    esac
+    spawn "$GUEST/qemu.log" qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none \
+        -machine q35,memory-backend=mem -smp "$GUEST_CPUS" -m "$GUEST_MEMORY" \
+        -object "memory-backend-memfd,id=mem,size=$GUEST_MEMORY,share=on" \
+        -chardev "file,id=console,path=$GUEST/console" -serial chardev:console \
+        -kernel "$GUEST_KERNEL/vmlinuz" -initrd "$GUEST_INITRAMFS" "$@"
+    GUEST_QEMU_PID=$SPAWNED
+}
+
+# Waits until a file holds a line that matches, or a process has ended: wait_line FILE REGEX SECONDS PID
+wait_line() {
+    local file=$1 regex=$2 end=$((SECONDS + $3)) pid=$4
+    until grep -qaE "$regex" "$file" 2>/dev/null; do
+        [ $SECONDS -lt $end ] && kill -0 "$pid" 2>/dev/null || return 1
+        sleep 0.05
+    done
+}
+
+# What accelerates QEMU here. /dev/kvm may be there and not work: only a kernel that came up
+# counts. Sets GUEST_ACCEL.
+guest_accel() {
+    local known=$GUEST_CACHE/accel-$(cat /proc/sys/kernel/random/boot_id) GUEST
+    if [ ! -e "$known" ]; then
+        GUEST_ACCEL=tcg
+        if [ -w /dev/kvm ]; then
+            GUEST=$(mktemp -d /tmp/guest.XXXXXX)
+            guest_qemu kvm -append "$GUEST_ARGS guest.modules=root"
+            ! wait_line "$GUEST/console" 'guest: modules loaded' 10 "$GUEST_QEMU_PID" || GUEST_ACCEL=kvm
+            unspawn "$GUEST_QEMU_PID"
+            rm -r "$GUEST"
+        fi
+        rm -f "$GUEST_CACHE"/accel-*
+        echo "$GUEST_ACCEL" >"$known"
+    fi
+    GUEST_ACCEL=$(cat "$known")
+}
+
+# An empty folder for a guest, with a name short enough for socket addresses. Sets GUEST.
+guest_folder() { GUEST=$(mktemp -d /tmp/guest.XXXXXX); }
+
+# Boots GUEST_IMAGE in the folder GUEST: guest_boot [KERNEL ARGUMENT…] [-- QEMU ARGUMENT…].
+# Its vsock is $GUEST/v.sock, its console the file $GUEST/console.
+# Sets GUEST_QEMU_PID and GUEST_VSOCK_PID.
+guest_boot() {
+    local args=$GUEST_ARGS try
+    while [ $# -gt 0 ] && [ "$1" != -- ]; do
+        args+=" $1"
+        shift
+    done
+    [ $# -eq 0 ] || shift
+    guest_accel
+    for ((try = 1; try <= GUEST_TRIES; try++)); do
+        rm -f "$GUEST/console" "$GUEST/v.sock" "$GUEST/vh.sock"
+        spawn "$GUEST/vsock.log" "$GUEST_VSOCK" --guest-cid=3 --socket="$GUEST/vh.sock" --uds-path="$GUEST/v.sock"
+        GUEST_VSOCK_PID=$SPAWNED
+        until [ -S "$GUEST/vh.sock" ]; do
+            kill -0 "$GUEST_VSOCK_PID" 2>/dev/null || guest_die "vhost-device-vsock: $(cat "$GUEST/vsock.log")"
+            sleep 0.02
+        done
+        guest_qemu "$GUEST_ACCEL" -append "$args" \
+            -drive "file=$GUEST_IMAGE,format=raw,if=virtio,readonly=on,file.locking=off" \
+            -chardev "socket,id=vsock,path=$GUEST/vh.sock" -device vhost-user-vsock-pci,chardev=vsock "$@"
+        if wait_line "$GUEST/console" . "$GUEST_SILENT_S" "$GUEST_QEMU_PID"; then
+            return 0
+        fi
+        guest_stop
+        guest_say "boot $try of $GUEST_TRIES printed nothing: $(cat "$GUEST/qemu.log")"
+    done
+    return 1
+}
+
+# Ends the guest, asked or not; its folder stays.
+guest_stop() { unspawn ${GUEST_QEMU_PID:-} ${GUEST_VSOCK_PID:-}; GUEST_QEMU_PID= GUEST_VSOCK_PID=; }
