@@ -48,9 +48,9 @@ declare -A host_down=()
 fetch_upstream() {
     local host=${1#*://} rc=0
     host=${host%%/*}
-    [[ ! ${host_down[$host]-} ]] || return 1
+    [[ ! ${host_down[@$host]-} ]] || return 1
     curl -fsL --connect-timeout 3 --speed-limit 1000 --speed-time 10 -o "$3" "$1" || rc=$?
-    ((rc == 0)) || host_down[$host]=1
+    ((rc == 0)) || host_down[@$host]=1
     return $rc
 }
 
@@ -71,7 +71,7 @@ fetch_python() {
 fetch_debian() {
     local suite=${1%%/*} package=${1#*/} site path lists=$BUILD_ROOT/out/apt/${1%%/*}
     site=$(. /etc/os-release && apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(SITE)' |
-        awk -v r="${VERSION_CODENAME-}" '$1 == r && $2 == "main" { print $3; exit }')
+        awk -v r="${VERSION_CODENAME-}" '($1 == r || $1 == "stable") && $2 == "main" { print $3; exit }')
     [[ $site ]] || { echo "   no Debian mirror in apt's sources"; return 1; }
     local options=(-o "Dir::Etc::SourceList=$lists/sources.list" -o Dir::Etc::SourceParts=-
         -o "Dir::State::Lists=$lists/lists" -o "Dir::Cache=$lists" -o APT::Sandbox::User=root
@@ -165,7 +165,7 @@ variant() {
     case $1 in
     release)
         CFLAGS="-Os $SECTIONS -fno-pie -fno-stack-protector -fcf-protection=none
-            -fno-asynchronous-unwind-tables -ffile-prefix-map=$BUILD_ROOT=.
+            -fno-asynchronous-unwind-tables
             -nostdinc -isystem $OUT/musl/include -isystem $(gcc -print-file-name=include)
             -idirafter $OUT/kernel" ;;
     debug) CFLAGS+=' -fsanitize=address' ;;
@@ -216,12 +216,11 @@ kernel_headers() {
 
 musl() {
     say "building musl (release)"
-    local source=$PWD/vendor/src/musl target=$PWD/$OUT/musl
     mkdir -p "$OUT/musl-build"
-    (cd "$OUT/musl-build" && ln -s "$source" source &&
+    (cd "$OUT/musl-build" && ln -s ../../../../vendor/src/musl source &&
         CFLAGS="-Os $SECTIONS -fno-pie -fno-stack-protector -fcf-protection=none" \
-        source/configure --disable-shared --disable-wrapper --prefix="$target" &&
-        make -s -j"$(nproc)" install) >"$OUT/musl.log" 2>&1 ||
+        source/configure --disable-shared --disable-wrapper --prefix= &&
+        make -s -j"$(nproc)" install DESTDIR=../musl) >"$OUT/musl.log" 2>&1 ||
         { tail -n 20 "$OUT/musl.log" >&2; die "musl does not build: $OUT/musl.log"; }
 }
 
