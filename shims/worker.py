@@ -25,8 +25,8 @@ if __name__ == "__main__":
         del sys.path[0]                 # programs must not import from our folder
 
 import asyncio
-import collections
 import contextvars
+import faulthandler
 import importlib
 import inspect
 import io
@@ -53,7 +53,14 @@ TEXT_MAX = 24 << 10                     # of a message or traceback; the agent k
 MSGPACK_DEPTH = 60                      # of an event's reply; the agent reads 64
 THREADS = 32                            # WSGI requests at once
 DRAIN_S = 1.0                           # what a shutdown gives requests in flight
+EXIT_S = 1.0                            # and then the program's tasks, threads, atexit functions
 EVENT_TASKS_S = 30.0                    # what tasks have for the reply, once the call returned
+
+# What FastAPI, Flask, Quart and Django all import from the standard library.
+WARM = ("json", "typing", "datetime", "decimal", "urllib.parse", "dataclasses", "pathlib",
+        "hashlib", "uuid", "copy", "html", "tempfile", "mimetypes", "ipaddress",
+        "concurrent.futures.thread", "email.message", "email.utils", "http.client",
+        "http.cookies", "secrets")
 
 
 # ---- Errors as text -------------------------------------------------------------------
@@ -76,6 +83,14 @@ def describe(exc):
     except Exception:                   # a program's own class may do anything
         text = "(its text cannot be had)"
     return type(exc).__name__ + (": " + text if text else "")
+
+
+def comes_from_disconnect(exc):
+    for _ in range(20):                 # a program can make a chain that has no end
+        if exc is None or isinstance(exc, Disconnected):
+            break
+        exc = exc.__cause__ or exc.__context__
+    return isinstance(exc, Disconnected)
 
 
 def format_error(exc):
@@ -121,13 +136,18 @@ class Channel:
 
     def __init__(self, sock):
         self.sock = sock
-        self.pid = os.getpid()
         self.rest = b""                 # the start of a frame whose end is not here yet
         self.out = []
         self.unsent = bytearray()
         self.flushing = False
         self.loop = self.on_frame = self.on_end = None
-        os.register_at_fork(after_in_child=sock.close)
+        os.register_at_fork(after_in_child=self.on_fork)
+
+    def on_fork(self):
+        """In a child that the program forks: the channel is not its own, nor is our loop."""
+        self.sock.close()
+        if self.loop is not None:
+            self.loop.call_soon(leave, 0)
 
     def say(self, kind, payload=b""):
         """Write a frame of stream 0 now, blocking: before and outside the loop."""
@@ -208,8 +228,6 @@ class Channel:
             return len(data)            # nobody is there to read it
 
     def end(self):
-        if os.getpid() != self.pid:     # the program forked and let the child come back here
-            leave(0)
         if self.sock.fileno() >= 0:
             self.loop.remove_reader(self.sock.fileno())
             self.loop.remove_writer(self.sock.fileno())
@@ -325,11 +343,8 @@ class Exchange:
         self.wake()
 
     def on_error(self, exc):
-        cause = exc
-        while cause is not None:
-            if isinstance(cause, Disconnected):
-                return                  # the program heard of it and stopped, as it should
-            cause = cause.__cause__ or cause.__context__
+        if self.gone and comes_from_disconnect(exc):
+            return                      # the program heard of it and stopped, as it should
         details = format_error(exc)
         log(details)
         if self.is_open:
@@ -554,32 +569,30 @@ class WsgiInput(io.RawIOBase):
 
 
 class WsgiExchange(Exchange):
-    """A request of a WSGI program (PEP 3333). run_wsgi and what it calls run in the thread;
-    `lock` guards body, body_ended, credit, is_open and gone, which both sides look at."""
+    """A request of a WSGI program (PEP 3333). run_wsgi and what it calls run in a thread;
+    what that thread waits for (body, credit, the end) changes in the loop and is announced
+    through `lock`; what it sends goes out in the loop, which drops it if the stream closed."""
 
-    __slots__ = ("lock", "head", "as_event", "reply")
+    __slots__ = ("lock", "head", "is_event", "reply")
 
     def start(self):
         self.lock = threading.Condition()
         self.head = None                # what start_response was given, until it is sent
-        self.reply = []                 # of an event: the body, gathered
-        self.as_event = self.scope["type"] != "http"
-        if self.as_event:
-            self.as_request()
-        self.worker.running.add(self)
+        self.reply = []                 # of an event: the body so far
+        self.is_event = self.scope["type"] != "http"
+        if self.is_event:
+            self.become_post()
         self.worker.pool.submit(self.run_wsgi)
 
-    def as_request(self):
+    def become_post(self):
         """An event is POST / with the event as the body."""
         body = self.scope.get("body", "").encode("utf-8", "replace")
         self.body.append(body)
-        self.body_ended = True
         self.scope = {
-            "type": "http", "http_version": "1.1", "method": "POST", "scheme": "http",
-            "path": "/", "raw_path": b"/", "query_string": b"", "root_path": "",
+            "http_version": "1.1", "method": "POST", "scheme": "http", "raw_path": b"/",
+            "query_string": b"", "root_path": "", "client": None, "server": None,
             "headers": [(b"host", b"localhost"), (b"aleph-event", b"aleph.message"),
-                        (b"content-length", b"%d" % len(body))],
-            "client": None, "server": ("localhost", 80)}
+                        (b"content-length", b"%d" % len(body))]}
 
     # -- in the loop
 
@@ -588,13 +601,13 @@ class WsgiExchange(Exchange):
             self.lock.notify_all()
 
     def on_window(self, more):
-        with self.lock:
+        with self.lock:                 # the thread subtracts
             self.credit += more
             self.lock.notify_all()
 
-    def emit(self, head, data, ended):
+    def deliver(self, head, data, ended):
         if not self.is_open:
-            return                      # disconnected while this was on its way
+            return                      # closed while this was on its way
         if head is not None:
             self.worker.put(self.stream, RESPONSE_HEAD, head)
         if ended:
@@ -602,61 +615,50 @@ class WsgiExchange(Exchange):
         elif data:
             self.worker.put(self.stream, RESPONSE_BODY, data)
 
-    def done(self, exc):
-        self.worker.running.discard(self)
-        if exc is not None:
-            self.on_error(exc)
-        elif self.is_open:
-            self.fail("the program returned without a complete response")
-
     # -- in the thread
 
-    def in_loop(self, function, *args):
-        self.worker.loop.call_soon_threadsafe(function, *args)
-
     def run_wsgi(self):
-        error = None
         try:
             result = self.worker.app(self.environ(), self.start_response)
+            last = b""
             try:
                 if isinstance(result, (list, tuple)):
-                    result = [b"".join(result)]
-                for data in result:
-                    if data:
+                    last = b"".join(result)     # all there: goes out with the head and the end
+                else:
+                    for data in result:
                         self.write(data)
+                self.finish(last)
             finally:
                 if hasattr(result, "close"):
                     result.close()
-            self.finish()
-        except BaseException as exc:    # SystemExit would end the thread silently
-            error = exc
-        self.in_loop(self.done, error)
+        except BaseException as exc:    # SystemExit too: it would end the thread unheard
+            self.worker.loop.call_soon_threadsafe(self.on_error, exc)
 
     def environ(self):
         scope = self.scope
-        path = self.worker.unquote(scope["raw_path"] or b"/").decode("latin-1")
-        root = scope.get("root_path", "").encode().decode("latin-1")
-        host, port = scope.get("server") or ("localhost", 80)
+        path = self.worker.unquote(scope["raw_path"]).decode("latin-1")
+        root = scope["root_path"].encode().decode("latin-1")
+        name, port = scope["server"] or ("localhost", 80)
+        client, client_port = scope["client"] or ("", "")
         env = {
             "REQUEST_METHOD": scope["method"],
             "SCRIPT_NAME": root,
-            "PATH_INFO": path[len(root):] if root and path.startswith(root) else path,
+            "PATH_INFO": path[len(root):] if path.startswith(root) else path,
             "QUERY_STRING": scope["query_string"].decode("latin-1"),
-            "SERVER_NAME": host,
-            "SERVER_PORT": str(port or 80),
+            "SERVER_NAME": name,
+            "SERVER_PORT": str(port),
             "SERVER_PROTOCOL": "HTTP/" + scope["http_version"],
-            "REMOTE_ADDR": "",
+            "REMOTE_ADDR": client,
+            "REMOTE_PORT": str(client_port),
             "wsgi.version": (1, 0),
             "wsgi.url_scheme": scope["scheme"],
-            "wsgi.input": self.input(),
+            "wsgi.input": io.BufferedReader(WsgiInput(self), CREDIT),
             "wsgi.input_terminated": True,      # reading to the end is safe without a length
             "wsgi.errors": sys.stderr,
             "wsgi.multithread": True,
             "wsgi.multiprocess": False,
             "wsgi.run_once": False,
         }
-        if scope.get("client"):
-            env["REMOTE_ADDR"], env["REMOTE_PORT"] = scope["client"][0], str(scope["client"][1])
         for name, value in scope["headers"]:
             if b"_" in name:
                 continue                # would pass for the header spelt with a hyphen
@@ -669,20 +671,16 @@ class WsgiExchange(Exchange):
             env[key] = value
         return env
 
-    def input(self):
-        if self.body_ended and not self.body:
-            return io.BytesIO()
-        return io.BufferedReader(WsgiInput(self), PIECE)
-
     def next_piece(self):
         with self.lock:
             while not self.body and not self.body_ended and self.is_open:
                 self.lock.wait()
             if self.gone:
                 raise Disconnected("the client has disconnected")
-            piece = self.body.pop(0) if self.body else b""
-        if piece:
-            self.in_loop(self.give_back, len(piece))
+            if not self.body:
+                return b""
+            piece = self.body.pop(0)
+        self.worker.loop.call_soon_threadsafe(self.give_back, len(piece))
         return piece
 
     def start_response(self, status, headers, exc_info=None):
@@ -696,56 +694,53 @@ class WsgiExchange(Exchange):
             raise RuntimeError("start_response was called twice")
         if not isinstance(status, str) or not status[:3].isdigit():
             raise ValueError("status is %r, not like '200 OK'" % (status,))
-        pairs = []
-        for name, value in headers:
-            if not isinstance(name, str) or not isinstance(value, str):
-                raise TypeError("header %r: %r is not made of str" % (name, value))
-            pairs.append((name.encode("latin-1"), value.encode("latin-1")))
-        self.head = head_payload(int(status[:3]), pairs)
+        for item in (item for pair in headers for item in pair):
+            if not isinstance(item, str):
+                raise TypeError("header %r is %s, not str" % (item, type(item).__name__))
+        self.head = head_payload(int(status[:3]), [(name.encode("latin-1"), value.encode("latin-1"))
+                                                   for name, value in headers])
         return self.write
 
     def write(self, data):
-        if self.head is None:
-            raise RuntimeError("the body came before start_response was called")
         if not isinstance(data, bytes):
             raise TypeError("body is %s, not bytes" % type(data).__name__)
-        if self.as_event:
-            self.started = True
+        if self.is_event:
             self.reply.append(data)
-        else:
-            self.emit_pieces(data)
+        elif data:
+            self.send_out(data, False)
 
-    def finish(self):
+    def finish(self, data):
+        if self.is_event:
+            data = pack(b"".join(self.reply) + data)
+        self.send_out(data, True)
+
+    def send_out(self, data, ended):
+        """Hand data to the loop as credit allows; the head goes before the first of it."""
         if self.head is None:
-            raise RuntimeError("the program returned without calling start_response")
-        if self.as_event:
-            self.emit_pieces(pack(b"".join(self.reply)))
-        self.in_loop(self.emit, self.take_head(), b"", True)
-
-    def take_head(self):
-        """The head, the first time; an event's reply has none."""
-        first, self.started = not self.started, True
-        return self.head if first and not self.as_event else None
-
-    def emit_pieces(self, data):
+            raise RuntimeError("the program did not call start_response before the body")
         at = 0
-        while at < len(data):
+        while True:
             with self.lock:
-                while self.credit <= 0 and self.is_open:
+                while at < len(data) and self.credit <= 0 and self.is_open:
                     self.lock.wait()
                 if not self.is_open:
                     raise Disconnected("the client has disconnected")
                 piece = data[at:at + min(self.credit, PIECE)]
                 self.credit -= len(piece)
             at += len(piece)
-            self.in_loop(self.emit, self.take_head(), piece, False)
+            head = None if self.started or self.is_event else self.head
+            self.started = True
+            last = at == len(data)
+            self.worker.loop.call_soon_threadsafe(self.deliver, head, piece, ended and last)
+            if last:
+                return
 
 
 # ---- Loading the program ---------------------------------------------------------------
 
-def prepare(conf, pythonpath):
+def prepare(conf, pythonpath, warmed):
     """Environment, working folder and sys.path, as if the interpreter had started with them.
-    `pythonpath` is what PYTHONPATH was when it did."""
+    `pythonpath` is what PYTHONPATH was when it did, `warmed` what warm() loaded."""
     os.environ.update(conf.get("env") or {})
     if "TZ" in os.environ:
         time.tzset()
@@ -754,13 +749,11 @@ def prepare(conf, pythonpath):
         os.chdir(folder)
     except OSError as exc:
         raise StartError("the code folder %s cannot be entered: %s" % (folder, exc.strerror))
-    wanted = os.environ.get("PYTHONPATH", "")
-    if wanted != pythonpath:
-        old, new = ([os.path.abspath(entry) for entry in text.split(os.pathsep)] if text else []
-                    for text in (pythonpath, wanted))
-        sys.path[:] = new + [entry for entry in sys.path if entry not in old]
-    front = [folder] + list(conf.get("path") or ())
-    sys.path[:] = front + [entry for entry in sys.path if entry not in front]
+    old, new = ([os.path.abspath(entry) for entry in text.split(os.pathsep)] if text else []
+                for text in (pythonpath, os.environ.get("PYTHONPATH", "")))
+    front = [folder] + list(conf.get("path") or ()) + new
+    sys.path[:] = front + [entry for entry in sys.path if entry not in front + old]
+    forget_shadowed(warmed, front)
     importlib.invalidate_caches()       # folders may have appeared since the interpreter started
 
 
@@ -804,6 +797,10 @@ def exec_plain(code):
     return module
 
 
+def exit_text(exc, when):
+    return "the program called exit(%s) %s" % ("" if exc.code is None else repr(exc.code), when)
+
+
 def load(conf):
     """The object that the entrypoint names; whatever goes wrong is a StartError."""
     entry, code = conf["entry"], conf.get("code")
@@ -821,8 +818,7 @@ def load(conf):
     except SystemExit as exc:
         if os.getpid() != pid:
             raise
-        raise StartError("the program called exit(%s) while it was imported"
-                         % ("" if exc.code is None else repr(exc.code)), format_error(exc))
+        raise StartError(exit_text(exc, "while it was imported"), format_error(exc))
     except BaseException as exc:
         raise StartError("%s cannot be imported: %s" % (module, describe(exc)), format_error(exc))
     finally:
@@ -833,14 +829,20 @@ def load(conf):
     return found
 
 
+def parameters_of(function):
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
 def interface_of(app, entry):
     """"asgi3", "asgi2" or "wsgi", by the arguments that the program takes."""
-    call = app if inspect.isclass(app) or inspect.isroutine(app) else getattr(app, "__call__", app)
+    call = app if inspect.isclass(app) or inspect.isroutine(app) else app.__call__
     is_async = inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(call)
-    try:
-        parameters = inspect.signature(app).parameters.values()
-    except (TypeError, ValueError):     # made in C: nothing to see
-        return "asgi3"
+    parameters = parameters_of(app) or parameters_of(call)
+    if parameters is None:
+        return "asgi3"                  # made in C: nothing to see
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     named = [p for p in parameters if p.kind in kinds]
     need = sum(p.default is p.empty for p in named)
@@ -856,6 +858,33 @@ def interface_of(app, entry):
     if not is_async and need <= 1 <= most:
         return "asgi2"
     raise StartError("%s takes neither (scope, receive, send) nor (environ, start_response)" % entry)
+
+
+def warm(sock):
+    """While no configuration is there, import what most frameworks import (a quarter of
+    their start); the names of the modules that this loaded."""
+    before = set(sys.modules)
+    for name in WARM:
+        if select.select([sock], [], [], 0)[0]:
+            break
+        try:
+            __import__(name)
+        except ImportError:             # not every distribution ships every module
+            pass
+    return set(sys.modules) - before
+
+
+def forget_shadowed(warmed, folders):
+    """A program's own secrets.py comes before the standard library's, warmed or not."""
+    own = set()
+    for folder in folders:
+        try:
+            own.update(name.partition(".")[0] for name in os.listdir(folder))
+        except OSError:
+            pass
+    for name in warmed:
+        if name.partition(".")[0] in own:
+            sys.modules.pop(name, None)
 
 
 # ---- Lifespan --------------------------------------------------------------------------
@@ -876,7 +905,10 @@ class Lifespan:
     async def run(self):
         scope = {"type": "lifespan", "state": self.state,
                  "asgi": {"version": "3.0", "spec_version": "2.0"}}
-        await self.app(scope, self.receive, self.send)
+        try:
+            await self.app(scope, self.receive, self.send)
+        except SystemExit as exc:       # would end the process before we could say why
+            raise StartError(exit_text(exc, "in its lifespan"), format_error(exc)) from None
 
     async def receive(self):
         event = await self.events.get()
@@ -891,12 +923,17 @@ class Lifespan:
         self.answer = message
         self.changed.set()
 
+    def on_done(self, task):
+        if self.answer and not task.cancelled() and task.exception():
+            log(format_error(task.exception()))     # after the startup, nobody else looks
+        self.changed.set()
+
     async def startup(self, limit_s):
         if self.app is None:            # WSGI knows no lifespan
             return
         self.events.put_nowait({"type": "lifespan.startup"})
         self.task = asyncio.get_running_loop().create_task(self.run())
-        self.task.add_done_callback(lambda task: self.changed.set())
+        self.task.add_done_callback(self.on_done)
         try:
             await asyncio.wait_for(self.changed.wait(), limit_s)
         except asyncio.TimeoutError:
@@ -913,11 +950,9 @@ class Lifespan:
         """The call ended unanswered: a program without lifespan support, unless its own
         startup raised. A program that takes the event for a request trips over what is not
         there; by the ASGI specification it must start all the same."""
-        error = None
-        if self.task.cancelled():
-            error = asyncio.CancelledError()
-        elif self.task.exception() is not None:
-            error = self.task.exception()
+        error = asyncio.CancelledError() if self.task.cancelled() else self.task.exception()
+        if isinstance(error, StartError):
+            raise error
         if error is None or not self.taken or self.strayed:
             return
         if isinstance(error, (KeyError, TypeError, AttributeError)):
@@ -933,9 +968,7 @@ class Lifespan:
         await self.changed.wait()
         if self.answer["type"] == "lifespan.shutdown.failed":
             log("lifespan shutdown failed: %s" % self.answer.get("message", ""))
-        await asyncio.wait({self.task}, timeout=DRAIN_S)
-        if self.task.done() and not self.task.cancelled() and self.task.exception():
-            log(format_error(self.task.exception()))
+        await asyncio.wait({self.task}, timeout=EXIT_S)
 
 
 # ---- Worker: the program and its exchanges ---------------------------------------------------
@@ -950,11 +983,11 @@ class Worker:
         self.tracks_tasks = False
         self.ready = self.stopping = False
 
-    async def serve(self, conf, pythonpath):
+    async def serve(self, *launch):
         self.loop = asyncio.get_running_loop()
         self.stop = asyncio.Event()
         try:
-            lifespan = await self.start(conf, pythonpath)
+            lifespan = await self.start(*launch)
         except StartError as exc:       # whatever the program has begun ends here
             log(exc.details or str(exc))
             self.channel.say(START_FAILED, error_payload(str(exc), exc.details))
@@ -964,9 +997,12 @@ class Worker:
         await self.stop.wait()
         await self.drain()
         await lifespan.shutdown()
+        timer = threading.Timer(EXIT_S, leave, (0,))    # for what will not end by itself
+        timer.daemon = True
+        timer.start()
 
-    async def start(self, conf, pythonpath):
-        prepare(conf, pythonpath)
+    async def start(self, conf, pythonpath, warmed):
+        prepare(conf, pythonpath, warmed)
         self.app = load(conf)
         lifespan = self.adapt(conf["entry"])
         self.channel.start(self.loop, self.on_frame, self.on_end)
@@ -998,9 +1034,11 @@ class Worker:
             exchange = make(self, stream, scope, flags & END != 0)
             self.exchanges[stream] = exchange
             if self.stopping:
-                exchange.fail("the program is shutting down")
-            else:
+                return exchange.fail("the program is shutting down")
+            try:
                 exchange.start()
+            except Exception as exc:    # no thread to be had, say; the other frames go on
+                exchange.on_error(exc)
         elif kind == SHUTDOWN:
             self.on_stop()
         else:
@@ -1039,14 +1077,18 @@ class Worker:
 def main():
     pythonpath = os.environ.get("PYTHONPATH", "")
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
+        if stream is not None:          # closed from the start
             stream.reconfigure(line_buffering=True)
+    if sys.stderr is not None:
+        faulthandler.enable()           # a crash in C leaves the Python stack in the log
     channel = Channel(socket.socket(fileno=3))
     channel.say(HELLO)
+    warmed = warm(channel.sock)
     kind, payload = channel.wait_for_frame()
     if kind != CONFIGURE:
         return                          # told to stop, or the agent is gone
-    asyncio.run(Worker(channel).serve(marshal.loads(payload), pythonpath))
+    conf = marshal.loads(payload)
+    asyncio.run(Worker(channel).serve(conf, pythonpath, warmed))
 
 
 if __name__ == "__main__":

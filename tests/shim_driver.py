@@ -23,6 +23,7 @@ CONFIGURE, REQUEST, BODY, DISCONNECT, SHUTDOWN, WINDOW = range(1, 7)
 HELLO, READY, START_FAILED, HEAD, RESPONSE, FAILURE = range(7, 13)
 END, CREDIT, PIECE, FRAME_MAX = 1, 65536, 65536, 262144
 PATIENCE_S = 10
+SHARES = 3                              # processes that run the checks
 checks = []
 
 
@@ -757,6 +758,20 @@ def exits_of_the_program():
 
 
 @check
+def a_crash_in_c_leaves_a_stack():
+    with plain("""
+import ctypes
+async def app(scope, receive, send):
+    if scope["type"] == "http":
+        ctypes.string_at(0)
+    raise NotImplementedError
+""") as agent:
+        agent.open("/")
+        equal(agent.exit_code(), -signal.SIGSEGV)
+        has(agent.errors(), 'File "<main>", line 5 in app')
+
+
+@check
 def plain_code():
     with open(os.path.join(APPS, "plain/main.py"), "rb") as file:
         code = file.read()
@@ -825,6 +840,25 @@ def modules_that_appear_late():
                 file.write("import late_library\n" + SHOW)
             agent.configure()
             equal(agent.start_error, None)
+
+
+@check
+def warmed_modules_do_not_hide_the_program_s():
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("secrets", "uuid"):
+            with open("%s/%s.py" % (folder, name), "w") as file:
+                file.write("mine = True\n")
+        with open(folder + "/main.py", "w") as file:
+            file.write("import secrets, uuid, json\nmine = secrets.mine and uuid.mine\n" + SHOW)
+        with Agent(folder, start=False) as agent:
+            maps = "/proc/%d/maps" % agent.process.pid
+            deadline = time.monotonic() + PATIENCE_S
+            while "_uuid" not in open(maps).read():     # loaded by uuid: warming is that far
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            agent.configure()
+            equal(agent.start_error, None)
+            equal(agent.get("/").failure, None)
 
 
 @check
@@ -927,6 +961,42 @@ def lifespans_that_fail():
     message, details, _ = start_error("lifespan", "main:startup_raises")
     equal(message, "lifespan startup failed: RuntimeError: no database")
     has(details, "main.py")
+    message, details, _ = start_error("lifespan", "main:startup_exits")
+    equal(message, "the program called exit(6) in its lifespan")
+
+
+@check
+def what_will_not_end_is_left():
+    """Threads and tasks that ignore the shutdown hold the exit for a second only."""
+    with plain("""
+import asyncio, threading, time, atexit
+atexit.register(print, "atexit ran")
+def stuck():
+    time.sleep(3600)
+async def stubborn():
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            pass
+async def app(scope, receive, send):
+    if scope["type"] != "http":
+        raise NotImplementedError
+    if scope["path"] == "/task":
+        app.task = asyncio.ensure_future(stubborn())
+    if scope["path"] == "/thread":
+        threading.Thread(target=stuck).start()
+    await send({"type": "http.response.start", "status": 200})
+    await send({"type": "http.response.body"})
+""") as agent:
+        equal(agent.get("/task").status, 200)
+        agent.frame(0, SHUTDOWN)
+        equal(agent.exit_code(3), 0)
+    with Agent("kinds", "main:wsgi") as agent:
+        agent.open("/sleep/3600")
+        equal(agent.get("/none").status, 404)
+        agent.frame(0, SHUTDOWN)
+        equal(agent.exit_code(4), 0)
 
 
 @check
@@ -1104,8 +1174,8 @@ def wsgi_failures():
         for name, wanted in (
                 ("raise", "ValueError: raised on purpose"),
                 ("twice", "RuntimeError: start_response was called twice"),
-                ("nohead", "RuntimeError: the body came before start_response was called"),
-                ("silent", "RuntimeError: the program returned without calling start_response"),
+                ("nohead", "RuntimeError: the program did not call start_response before the body"),
+                ("silent", "RuntimeError: the program did not call start_response before the body"),
                 ("str", "TypeError: sequence item 0: expected a bytes-like object, str found"),
                 ("badheader", "ValueError: header b'one\\r\\nX-Smuggled: two' holds CR, LF or NUL"),
                 ("excinfo_late", "ValueError: after the head was sent")):
@@ -1255,27 +1325,36 @@ def rate(agent, at_once, seconds=2.0):
     return done / (time.monotonic() - begun)
 
 
+def run(functions):
+    failed = False
+    for function in functions:
+        name = function.__name__
+        try:
+            function()
+            line = "ok " + name
+        except Exception as exc:
+            failed = True
+            lines = [frame.lineno for frame in traceback.extract_tb(exc.__traceback__)
+                     if frame.name == name]
+            line = "FAIL %s: line %d: %s: %s" % (name, lines[-1], type(exc).__name__, exc)
+        print(line.replace("\n", "\\n"), flush=True)
+    return failed
+
+
 def main():
     os.dup2(os.open("/dev/null", os.O_RDONLY), 3)       # so that no socket of ours is fd 3
     names = sys.argv[4:]
     if names == ["bench"]:
         return bench()
-    failed = 0
-    for function in checks:
-        name = function.__name__
-        if names and name not in names:
-            continue
-        try:
-            function()
-            print("ok", name, flush=True)
-        except Exception as exc:
-            failed += 1
-            line = traceback.extract_tb(exc.__traceback__)[-1]
-            own = [frame.lineno for frame in traceback.extract_tb(exc.__traceback__)
-                   if frame.name == name]
-            print("FAIL %s: line %s: %s: %s" % (name, (own or [line.lineno])[-1],
-                                                type(exc).__name__, exc), flush=True)
-    sys.exit(failed != 0)
+    chosen = [function for function in checks if not names or function.__name__ in names]
+    if not chosen or len(names) > len(chosen):
+        sys.exit("no such check")
+    children = []
+    for share in range(SHARES):         # much of a check is waiting
+        children.append(os.fork())
+        if children[-1] == 0:
+            os._exit(run(chosen[share::SHARES]))
+    sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 
 
 main()

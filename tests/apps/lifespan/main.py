@@ -56,6 +56,12 @@ async def startup_raises(scope, receive, send):
 
 
 @program
+async def startup_exits(scope, receive, send):
+    await receive()
+    raise SystemExit(6)
+
+
+@program
 async def unsupported(scope, receive, send):
     raise NotImplementedError("only http")
 
