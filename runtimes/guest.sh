@@ -25,34 +25,16 @@ MODULES_REST='vmw_vsock_virtio_transport overlay squashfs virtio_net'
 MODULES_EXTRA='vsock_loopback'
 
 GUEST_MEMORY=${GUEST_MEMORY:-1024M}
-GUEST_CPUS=${GUEST_CPUS:-2}
+GUEST_CPUS=${GUEST_CPUS:-1}
 GUEST_ARGS='console=ttyS0 reboot=k panic=1 swiotlb=noforce random.trust_cpu=on loglevel=4 ro'
-GUEST_SILENT_S=10           # a boot that has printed nothing by then is started again
-GUEST_TRIES=3
+GUEST_SILENT_S=10           # a boot that has printed nothing by then is started again, with
+GUEST_TRIES=4               # twice the time: a busy machine is slow, not stuck
 
-guest_say() { printf '%s\n' "guest: $*" >&2; }
-guest_die() {
-    guest_say "$*"
-    exit 1
-}
-
-# Makes sure that Debian packages are installed. build.sh brings its own.
-declare -F need >/dev/null || need() {
-    local package lacking=()
-    for package; do
-        dpkg-query -W -f '${Status}\n' "$package" 2>/dev/null | grep -q ' installed$' ||
-            lacking+=("$package")
-    done
-    [ ${#lacking[@]} -gt 0 ] || return 0
-    [ "$(id -u)" = 0 ] || guest_die "please install: ${lacking[*]}"
-    guest_say "installing ${lacking[*]}"
-    { apt-get update -q && DEBIAN_FRONTEND=noninteractive \
-        apt-get install -qy --no-install-recommends "${lacking[@]}"; } >&2
-}
+declare -F need >/dev/null || . "$GUEST_ROOT/build.sh"
 
 # Makes something once, however many ask for it at a time: guest_once PATH FUNCTION ARG… calls
-# FUNCTION TEMPORARY ARG… and moves TEMPORARY to PATH. A failed step ends the script: not to
-# be called where bash suspends `set -e`.
+# FUNCTION TEMPORARY ARG… and moves TEMPORARY to PATH. A shell of its own runs the function,
+# because bash suspends `set -e` in whatever a condition calls.
 guest_once() {
     local path=$1 function=$2
     shift 2
@@ -62,9 +44,10 @@ guest_once() {
         flock 9
         [ ! -e "$path" ] || exit 0
         rm -rf "$path.part"
-        "$function" "$path.part" "$@" 9>&-
-        mv "$path.part" "$path"
-    ) 9>"$GUEST_CACHE/lock"
+        export GUEST_CACHE AGENT
+        bash -c 'set -eu; . "$1"; shift; "$@"' - "$GUEST_ROOT/runtimes/guest.sh" \
+            "$function" "$path.part" "$@" 9>&- && mv "$path.part" "$path"
+    ) 9>"$GUEST_CACHE/lock" || die "cannot make ${path##*/}"
 }
 
 # ---- Fetching ----------------------------------------------------------------------------
@@ -75,8 +58,8 @@ guest_mirror() {
     site=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 'Origin: Debian' \
         'Label: Debian' | head -n 1)
     site=${DEBIAN_MIRROR:-$site}
-    [ -n "$site" ] || guest_die 'apt knows no Debian mirror: run apt-get update, or set DEBIAN_MIRROR'
-    printf '%s\n' "$site"
+    [ -n "$site" ] || die 'apt knows no Debian mirror: run apt-get update, or set DEBIAN_MIRROR'
+    echo "$site"
 }
 
 # apt-get or apt-cache over the index of one suite, apart from the machine's own lists.
@@ -91,7 +74,7 @@ guest_apt() {
 
 guest_fetch_kernel() {
     local to=$1 state=$1/apt name mirror deb
-    guest_say "fetching Debian's kernel"
+    say "fetching Debian's kernel"
     mirror=$(guest_mirror)
     mkdir -p "$state/lists/partial" "$state/cache/archives/partial" "$to/tree"
     printf 'deb [signed-by=%s] %s bookworm main\n' \
@@ -99,7 +82,7 @@ guest_fetch_kernel() {
     guest_apt "$state" apt-get update >&2
     name=$(guest_apt "$state" apt-cache depends linux-image-cloud-amd64 |
         sed -n 's/.*Depends: \(linux-image-.*-cloud-amd64\)$/\1/p' | head -n 1)
-    [ -n "$name" ] || guest_die 'linux-image-cloud-amd64 is not in the index of bookworm'
+    [ -n "$name" ] || die 'linux-image-cloud-amd64 is not in the index of bookworm'
     (cd "$to" && guest_apt "$state" apt-get download "$name" >&2)
     deb=$(echo "$to"/linux-image-*.deb)
     dpkg-deb --fsys-tarfile "$deb" | tar -x -C "$to/tree" ./boot ./lib
@@ -163,12 +146,12 @@ guest_module_order() {
 
 guest_fetch_vsock() {
     local to=$1 mirror
-    guest_say 'fetching vhost-device-vsock'
+    say 'fetching vhost-device-vsock'
     mirror=$(guest_mirror)
     mkdir -p "$to"
     /usr/lib/apt/apt-helper -q download-file "$mirror/$VSOCK_DEB" "$to/deb" \
         "SHA256:$VSOCK_SHA256" >&2 ||
-        guest_die "no vhost-device-vsock with the pinned hash at the mirror: no guest can be booted"
+        die "no vhost-device-vsock with the pinned hash at the mirror: no guest can be booted"
     dpkg-deb -x "$to/deb" "$to"
     rm "$to/deb"
 }
@@ -219,16 +202,17 @@ guest_make_base() {
     local to=$1 recipe=$2 kernel=$3 mirror tree=$1.tree size
     local SUITE PACKAGES
     . "$recipe"
-    guest_say "making the image ${recipe##*/}: $PACKAGES (once, about a minute)"
+    say "making a root image of $SUITE with $PACKAGES (once, about a minute)"
     mirror=$(guest_mirror)
     rm -rf "$tree"
-    mmdebstrap --quiet --variant=minbase --include="${PACKAGES// /,}" \
+    mmdebstrap --variant=minbase --include="${PACKAGES// /,}" \
         --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/man/*' \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
         "$SUITE" "$tree" "$mirror" >&2
     cp -r "$kernel/lib/modules" "$tree/usr/lib/"
     size=$(du -xsm "$tree" | cut -f 1)
-    mke2fs -q -F -t ext4 -O ^has_journal -m 0 -d "$tree" "$to" "$((size * 115 / 100 + 32))M"
+    : >"$to"
+    mke2fs -q -t ext4 -b 4096 -O ^has_journal -m 0 -d "$tree" "$to" "$((size * 115 / 100 + 32))M"
     rm -r "$tree"
 }
 
@@ -241,7 +225,7 @@ write "$AGENT" init
 set_inode_field init mode 0100755
 EOF
     debugfs -R 'cat /usr/sbin/init' "$to" 2>/dev/null | cmp -s - "$AGENT" ||
-        guest_die "could not write $AGENT into the image"
+        die "could not write $AGENT into the image"
 }
 
 guest_hash() { cat "$@" | sha256sum | cut -c 1-12; }
@@ -265,6 +249,7 @@ guest_base() {
     GUEST_BASE=$GUEST_CACHE/$1-$(declare -f guest_make_base |
         guest_hash - "$recipe" <(echo "${GUEST_KERNEL##*/}")).base
     guest_once "$GUEST_BASE" guest_make_base "$recipe" "$GUEST_KERNEL"
+    find "$GUEST_CACHE" -maxdepth 1 -name "$1-*.base" ! -path "$GUEST_BASE" -delete
 }
 
 # The image of the recipe with today's agent in it. Sets GUEST_IMAGE.
@@ -312,25 +297,38 @@ guest_qemu() {
     GUEST_QEMU_PID=$SPAWNED
 }
 
-# Waits until a file holds a line that matches, or a process has ended: wait_line FILE REGEX SECONDS PID
-wait_line() {
-    local file=$1 regex=$2 end=$((SECONDS + $3)) pid=$4
-    until grep -qaE "$regex" "$file" 2>/dev/null; do
-        [ $SECONDS -lt $end ] && kill -0 "$pid" 2>/dev/null || return 1
+# Tries a command until it succeeds, for so many seconds: wait_for SECONDS COMMAND…
+wait_for() {
+    local end=$((SECONDS + $1))
+    shift
+    until "$@"; do
+        [ $SECONDS -lt $end ] || return 1
         sleep 0.05
     done
 }
 
+is_alive() { [ -n "$1" ] && kill -0 "$1" 2>/dev/null; }
+is_gone() { ! is_alive "$1"; }
+
+is_any_gone() { is_gone "$1" || is_gone "$2"; }
+
+guest_console_has() { grep -qaE -e "$1" "$GUEST/console" 2>/dev/null; }
+
+# True when there is nothing to wait for any more: the console has spoken, or will not.
+guest_said_or_ended() { guest_console_has "$1" || is_gone "$GUEST_QEMU_PID"; }
+
 # What accelerates QEMU here. /dev/kvm may be there and not work: only a kernel that came up
-# counts. Sets GUEST_ACCEL.
+# counts. The answer holds until this machine boots again. Sets GUEST_ACCEL.
 guest_accel() {
-    local known=$GUEST_CACHE/accel-$(cat /proc/sys/kernel/random/boot_id) GUEST
+    local known GUEST
+    known=$GUEST_CACHE/accel-$(cat /proc/sys/kernel/random/boot_id)
     if [ ! -e "$known" ]; then
         GUEST_ACCEL=tcg
         if [ -w /dev/kvm ]; then
             GUEST=$(mktemp -d /tmp/guest.XXXXXX)
             guest_qemu kvm -append "$GUEST_ARGS guest.modules=root"
-            ! wait_line "$GUEST/console" 'guest: modules loaded' 10 "$GUEST_QEMU_PID" || GUEST_ACCEL=kvm
+            wait_for "$GUEST_SILENT_S" guest_said_or_ended 'modules loaded' || true
+            ! guest_console_has 'modules loaded' || GUEST_ACCEL=kvm
             unspawn "$GUEST_QEMU_PID"
             rm -r "$GUEST"
         fi
@@ -340,12 +338,9 @@ guest_accel() {
     GUEST_ACCEL=$(cat "$known")
 }
 
-# An empty folder for a guest, with a name short enough for socket addresses. Sets GUEST.
-guest_folder() { GUEST=$(mktemp -d /tmp/guest.XXXXXX); }
-
 # Boots GUEST_IMAGE in the folder GUEST: guest_boot [KERNEL ARGUMENT…] [-- QEMU ARGUMENT…].
-# Its vsock is $GUEST/v.sock, its console the file $GUEST/console.
-# Sets GUEST_QEMU_PID and GUEST_VSOCK_PID.
+# Its vsock is $GUEST/v.sock, its console the file $GUEST/console. Not for a subshell: the
+# guest ends with the shell that started it. Sets GUEST_QEMU_PID and GUEST_VSOCK_PID.
 guest_boot() {
     local args=$GUEST_ARGS try
     while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -355,24 +350,77 @@ guest_boot() {
     [ $# -eq 0 ] || shift
     guest_accel
     for ((try = 1; try <= GUEST_TRIES; try++)); do
-        rm -f "$GUEST/console" "$GUEST/v.sock" "$GUEST/vh.sock"
-        spawn "$GUEST/vsock.log" "$GUEST_VSOCK" --guest-cid=3 --socket="$GUEST/vh.sock" --uds-path="$GUEST/v.sock"
-        GUEST_VSOCK_PID=$SPAWNED
-        until [ -S "$GUEST/vh.sock" ]; do
-            kill -0 "$GUEST_VSOCK_PID" 2>/dev/null || guest_die "vhost-device-vsock: $(cat "$GUEST/vsock.log")"
-            sleep 0.02
-        done
+        guest_vsock
         guest_qemu "$GUEST_ACCEL" -append "$args" \
-            -drive "file=$GUEST_IMAGE,format=raw,if=virtio,readonly=on,file.locking=off" \
-            -chardev "socket,id=vsock,path=$GUEST/vh.sock" -device vhost-user-vsock-pci,chardev=vsock "$@"
-        if wait_line "$GUEST/console" . "$GUEST_SILENT_S" "$GUEST_QEMU_PID"; then
-            return 0
-        fi
+            -drive "file=$GUEST_IMAGE,format=raw,if=virtio,readonly=on" \
+            -chardev "socket,id=vsock,path=$GUEST/vh.sock" \
+            -device vhost-user-vsock-pci,chardev=vsock "$@"
+        wait_for $((GUEST_SILENT_S << (try - 1))) guest_said_or_ended . || true
+        ! guest_console_has . || return 0
         guest_stop
-        guest_say "boot $try of $GUEST_TRIES printed nothing: $(cat "$GUEST/qemu.log")"
+        say "boot $try of $GUEST_TRIES printed nothing: $(tail -n 3 "$GUEST/qemu.log")"
     done
     return 1
 }
 
-# Ends the guest, asked or not; its folder stays.
-guest_stop() { unspawn ${GUEST_QEMU_PID:-} ${GUEST_VSOCK_PID:-}; GUEST_QEMU_PID= GUEST_VSOCK_PID=; }
+# A device serves one boot.
+guest_vsock() {
+    rm -f "$GUEST"/{console,v.sock,vh.sock}
+    spawn "$GUEST/vsock.log" "$GUEST_VSOCK" --guest-cid=3 --socket="$GUEST/vh.sock" \
+        --uds-path="$GUEST/v.sock"
+    GUEST_VSOCK_PID=$SPAWNED
+    wait_for 10 test -S "$GUEST/vh.sock" || die "vhost-device-vsock: $(cat "$GUEST/vsock.log")"
+}
+
+# Ends the guest, whatever it is doing; its folder stays.
+guest_stop() {
+    unspawn ${GUEST_QEMU_PID:-} ${GUEST_VSOCK_PID:-}
+    GUEST_QEMU_PID='' GUEST_VSOCK_PID=''
+}
+
+# ---- ./build.sh run ----------------------------------------------------------------------
+
+# Serves a program from a guest until ctrl-C: guest_run DIR ENTRYPOINT [OPTION OF configure…].
+guest_run() {
+    [ $# -ge 2 ] && [ -d "$1" ] || die 'usage: ./build.sh run DIR ENTRYPOINT'
+    local port=${GUEST_PORT:-8080} ready
+    ! is_listening "$port" || die "port $port of 127.0.0.1 is taken: GUEST_PORT=N takes another"
+    guest_image debian-12-run
+    GUEST=$(mktemp -d /tmp/guest.XXXXXX)
+    trap guest_run_end EXIT
+    trap 'exit 0' INT TERM
+    spawn "$GUEST/ready" "$AGENT" call "$GUEST/v.sock" ready
+    ready=$SPAWNED
+    guest_boot || die 'the guest does not boot'
+    say "booting, by $GUEST_ACCEL"
+    setpriv --pdeathsig KILL setsid tail -q -n +1 -f "$GUEST/console" &
+    wait_for 120 is_any_gone "$ready" "$GUEST_QEMU_PID" || true
+    is_gone "$ready" && wait "$ready" || die 'the guest did not become ready'
+    cat "$GUEST/ready"
+    say "configuring: $1 $2"
+    "$AGENT" call "$GUEST/v.sock" configure "$@"
+    spawn "$GUEST/forward.log" "$AGENT" forward "tcp:127.0.0.1:$port" "hybrid:$GUEST/v.sock:80"
+    GUEST_FORWARD_PID=$SPAWNED
+    wait_for 10 is_listening "$port" || die "forward: $(cat "$GUEST/forward.log")"
+    say "serving http://127.0.0.1:$port/ (ctrl-C ends)"
+    wait "$GUEST_QEMU_PID" || true
+    die 'the guest has ended'
+}
+
+is_listening() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+
+# Halts a guest that answers, ends one that does not.
+guest_run_end() {
+    local status=$?
+    trap '' INT TERM
+    if is_alive "${GUEST_QEMU_PID:-}"; then
+        say 'halting'
+        timeout 10 "$AGENT" call "$GUEST/v.sock" halt &&
+            wait_for 5 is_gone "$GUEST_QEMU_PID" || say 'it does not halt: ending it'
+    fi
+    unspawn ${GUEST_FORWARD_PID:-}
+    guest_stop
+    sleep 0.1       # the last lines of the console
+    rm -rf "$GUEST"
+    exit "$status"
+}

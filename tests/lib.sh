@@ -1,0 +1,364 @@
+# lib.sh - what every test script starts with:
+#
+#     . "$(dirname "$0")/lib.sh"
+#     boot                                      # a guest that has said ready; or: ns_start
+#     configure "$APPS/hello" main:app
+#     check_eq 'hello: answers' hello "$(request /)"
+#     guest_ok 'hello: well afterwards'
+#
+# A script prints one line per check, `ok NAME` or `FAIL NAME: why`, and exits with 0 when
+# all are ok. It runs alone, for TEST_SECONDS at most, in a temporary folder $T that goes
+# with it, and so do all the processes that it started. A failed check does not end the
+# script; any other command that fails does, and counts as a failed check.
+#
+# Where things run is the script's choice: `boot` is a real guest, `ns_start` the agent's
+# init in namespaces of this machine, faster and also for the sanitizer build
+# (AGENT=out/debug/agent). Both set SOCK, so call, configure, request, event, shell, halt,
+# http, pid1_kib and guest_ok mean the same in either.
+
+set -euo pipefail
+
+if [ -z "${TEST_UNDER_TIMEOUT-}" ]; then
+    TEST_UNDER_TIMEOUT=1 exec timeout -k 10 "${TEST_SECONDS:-300}" bash "$0" "$@"
+fi
+unset TEST_UNDER_TIMEOUT
+
+. "$(dirname "${BASH_SOURCE[0]}")/../runtimes/guest.sh"
+
+TESTS=$GUEST_ROOT/tests
+APPS=$TESTS/apps
+AGENT=$(realpath "$AGENT")
+TEST_NAME=$(basename "$0" .sh)
+TEST_IMAGE=${TEST_IMAGE:-debian-12-test}
+T=$(mktemp -d /tmp/t.XXXXXX)        # short: socket addresses have 107 bytes
+CHECKS=0 FAILED=0 STARTS=0
+SOCK='' HTTP='' CONSOLE='' PID1='' BASELINE_KIB=''
+GUEST_QEMU_PID='' GUEST_VSOCK_PID='' NS_PID='' HTTP_PID='' READY_PID=''
+
+trap lib_end EXIT
+trap 'exit 143' TERM
+trap 'exit 130' INT
+
+# ---- Checks -------------------------------------------------------------------------------
+
+pass() {
+    CHECKS=$((CHECKS + 1))
+    echo "ok $1"
+}
+
+# fail NAME WHY…: the first line of why goes beside the name, the rest below.
+fail() {
+    local name=$1 why
+    shift
+    why=$(head -c 4000 <<<"$*")
+    CHECKS=$((CHECKS + 1)) FAILED=$((FAILED + 1))
+    echo "FAIL $name: ${why%%$'\n'*}"
+    [ "$why" = "${why%%$'\n'*}" ] || sed 's/^/    /' <<<"${why#*$'\n'}"
+}
+
+# check NAME COMMAND…: the command succeeds; what a failing one prints is why.
+check() {
+    local name=$1 status=0
+    shift
+    "$@" >"$T/check.out" 2>&1 || status=$?
+    if [ "$status" = 0 ]; then
+        pass "$name"
+    else
+        fail "$name" "status $status of $*"$'\n'"$(tail -n 20 "$T/check.out")"
+    fi
+}
+
+# check_eq NAME EXPECTED ACTUAL
+check_eq() {
+    if [ "$2" = "$3" ]; then
+        pass "$1"
+    else
+        fail "$1" "expected $(printf %q "$2" | head -c 500), got $(printf %q "$3" | head -c 500)"
+    fi
+}
+
+# check_match NAME REGEX ACTUAL: an extended regular expression, for some line of ACTUAL.
+check_match() {
+    if grep -qE -e "$2" <<<"$3"; then
+        pass "$1"
+    else
+        fail "$1" "nothing matches $2 in: $(head -c 1000 <<<"$3")"
+    fi
+}
+
+# check_at_most NAME LIMIT ACTUAL: whole numbers.
+check_at_most() {
+    if [[ $3 =~ ^[0-9]+$ ]] && [ "$3" -le "$2" ]; then
+        pass "$1 ($3)"
+    else
+        fail "$1" "$3 is not at most $2"
+    fi
+}
+
+# refused NAME STATUS REGEX COMMAND…: the command ends with that status and prints that.
+refused() {
+    local name=$1 expected=$2 regex=$3 status=0
+    shift 3
+    "$@" >"$T/check.out" 2>&1 || status=$?
+    if [ "$status" != "$expected" ]; then
+        fail "$name" "status $status, not $expected: $(tail -n 5 "$T/check.out")"
+    else
+        check_match "$name" "$regex" "$(cat "$T/check.out")"
+    fi
+}
+
+# not COMMAND…: succeeds when the command fails.
+not() { ! "$@"; }
+
+ms() { date +%s%3N; }
+
+# ---- Guests -------------------------------------------------------------------------------
+
+# boot [KERNEL ARGUMENT…] [-- QEMU ARGUMENT…]: a guest with the agent as its init, up to its
+# ready message, which is then in $GUEST/ready. It ends the one before. Not for a subshell.
+boot() {
+    new_guest
+    hear_ready "$SOCK"
+    run_guest "$@"
+    await_ready 120
+}
+
+# start_guest, with the same arguments: nobody listens for ready, nothing is waited for.
+start_guest() {
+    new_guest
+    run_guest "$@"
+}
+
+# Arguments for `boot --` that give the guest an eth0, which leads nowhere.
+GUEST_NIC='-netdev user,id=net,restrict=on -device virtio-net-pci,netdev=net,romfile='
+
+new_guest() {
+    guest_image "$TEST_IMAGE" >&2
+    new_folder
+    SOCK=$GUEST/v.sock
+}
+
+run_guest() {
+    if ! guest_boot "$@"; then
+        fail "$TEST_NAME: the guest boots" "$(tail -n 5 "$GUEST/qemu.log")"
+        exit 1
+    fi
+    start_forward
+}
+
+new_folder() {
+    stop
+    STARTS=$((STARTS + 1))
+    GUEST=$T/$STARTS CONSOLE=$T/$STARTS/console
+    mkdir "$GUEST"
+}
+
+# The program's HTTP as a Unix socket, from port 80 of the guest.
+start_forward() {
+    HTTP=$GUEST/http.sock
+    spawn "$GUEST/forward.log" "$AGENT" forward "unix:$HTTP" "hybrid:$SOCK:80"
+    HTTP_PID=$SPAWNED
+}
+
+# hear_ready SOCKET: starts to listen for the ready message; await_ready SECONDS waits for it.
+hear_ready() {
+    spawn "$GUEST/ready" "$AGENT" call "$1" ready
+    READY_PID=$SPAWNED
+}
+
+await_ready() {
+    wait_for "$1" is_any_gone "$READY_PID" "${GUEST_QEMU_PID:-$NS_PID}" || true
+    if is_alive "$READY_PID" || ! wait "$READY_PID"; then
+        fail "$TEST_NAME: ready" "$(cat "$GUEST/ready")"$'\n'"$(tail -n 20 "$CONSOLE")"
+        exit 1
+    fi
+    READY_PID=''
+}
+
+# Ends what runs. Consoles stay for the check at the end.
+stop() {
+    unspawn $HTTP_PID $READY_PID
+    guest_stop
+    [ -z "$NS_PID" ] || ns_stop
+    HTTP_PID='' READY_PID='' SOCK='' HTTP='' BASELINE_KIB=''
+}
+
+# ---- Init in namespaces -------------------------------------------------------------------
+
+# ns_start [OPTION of init…]: the agent as pid 1 of new namespaces, up to its ready message.
+# Its root is this machine's, under an overlay: what it writes goes with it. It is told where
+# to listen and where to say ready, so it never opens AF_VSOCK.
+ns_start() {
+    [ "$(id -u)" = 0 ] || die 'namespaces need root'
+    new_folder
+    mkdir "$GUEST/root" "$GUEST/cgroup"
+    cp "$AGENT" "$GUEST/agent"
+    SOCK=unix:$GUEST/aleph.sock HTTP=$GUEST/http.sock
+    hear_ready "unix:$GUEST/ready.sock"
+    spawn "$CONSOLE" unshare --pid --mount --net --uts --ipc --fork --kill-child=KILL \
+        bash -c "$(declare -f ns_enter ns_cgroup); ns_enter \"\$@\"" - "$GUEST" "$@"
+    NS_PID=$SPAWNED
+    await_ready 20
+    PID1=$(cat "/proc/$NS_PID/task/$NS_PID/children")
+    PID1=${PID1% }
+}
+
+# In the new namespaces, as pid 1: makes the root and becomes the agent.
+ns_enter() {
+    set -eu
+    local folder=$1 root=$1/root/all node
+    shift
+    mount -t cgroup2 cgroup2 "$folder/cgroup"
+    mkdir "$folder/cgroup/$(ns_cgroup "$folder")"
+    echo 0 >"$folder/cgroup/$(ns_cgroup "$folder")/cgroup.procs"
+    umount "$folder/cgroup"
+    mount -t tmpfs tmpfs "$folder/root"
+    mkdir "$folder/root/upper" "$folder/root/work" "$root"
+    mount -t overlay overlay "$root" \
+        -o "lowerdir=/,upperdir=$folder/root/upper,workdir=$folder/root/work"
+    mkdir -p "$root$folder"
+    mount --bind "$folder" "$root$folder"
+    mount -t proc proc "$root/proc"
+    mount -t tmpfs -o mode=755 tmpfs "$root/dev"
+    for node in null zero full random urandom tty; do
+        : >"$root/dev/$node"
+        mount --bind "/dev/$node" "$root/dev/$node"
+    done
+    mkdir -p "$root/dev/pts" "$root/dev/shm"
+    cd "$root"
+    pivot_root . mnt
+    umount -l /mnt
+    exec unshare --cgroup "$folder/agent" init --listen "unix:$folder/aleph.sock" \
+        --http "unix:$folder/http.sock" --ready "unix:$folder/ready.sock" "$@"
+}
+
+ns_cgroup() { echo "agent${1//\//-}"; }
+
+ns_stop() {
+    unspawn "$NS_PID"
+    wait_for 5 is_gone "$PID1" || true
+    unshare --mount bash -eu -c '
+        mount -t cgroup2 cgroup2 "$1"
+        for try in 1 2 3 4 5; do
+            find "$1/$2" -depth -type d -exec rmdir {} + 2>/dev/null && break
+            sleep 0.1
+        done' - "$GUEST/cgroup" "$(ns_cgroup "$GUEST")" || true
+    NS_PID='' PID1=''
+}
+
+# ---- Talking to it ------------------------------------------------------------------------
+
+call() { timeout 120 "$AGENT" call "$SOCK" "$@"; }
+configure() { call configure "$@"; }
+request() { call request "$@"; }
+event() { call event "$@"; }
+shell() { call shell "$@"; }
+
+# http PATH [OPTION of curl…]: the HTTP front.
+http() {
+    local path=$1
+    shift
+    curl -sS --max-time 120 --unix-socket "$HTTP" "$@" "http://guest$path"
+}
+
+# Halts, and waits until the machine has ended.
+halt() {
+    call halt || return
+    wait_for 6 is_gone "${GUEST_QEMU_PID:-$NS_PID}"
+}
+
+# console_has REGEX [SECONDS]
+console_has() { wait_for "${2:-5}" guest_console_has "$1"; }
+
+# assert_console_has NAME REGEX
+assert_console_has() {
+    if console_has "$2"; then
+        pass "$1"
+    else
+        fail "$1" "the console lacks $2"$'\n'"$(tail -n 20 "$CONSOLE")"
+    fi
+}
+
+# ---- The standing rule ----------------------------------------------------------------------
+
+# The good request of the standing rule; a script may set another.
+GOOD=(request /)
+
+# pid1_kib FIELD: of /proc/1/status, as VmRSS or VmHWM.
+pid1_kib() {
+    if [ -n "$NS_PID" ]; then
+        cat "/proc/$PID1/status"
+    else
+        shell 'cat /proc/1/status'
+    fi | awk -v field="$1:" '$1 == field { print $2 }'
+}
+
+# Takes the memory of pid 1 as the baseline that guest_ok compares with: when the program
+# runs and has answered once.
+baseline() {
+    "${GOOD[@]}" >"$T/good"
+    BASELINE_KIB=$(pid1_kib VmRSS)
+}
+
+# guest_ok NAME: the standing rule, after whatever was done to it: the process lives, the
+# next good request is answered as before and in time, memory is back at the baseline, the
+# kernel has not panicked. `baseline` comes first.
+guest_ok() {
+    local why
+    if why=$(standing_rule 2>&1); then
+        pass "$1"
+    else
+        fail "$1" "$why"$'\n'"$(tail -n 10 "$CONSOLE")"
+    fi
+}
+
+standing_rule() {
+    [ -n "$BASELINE_KIB" ] || { echo 'no baseline was taken'; return 1; }
+    is_alive "${GUEST_QEMU_PID:-$NS_PID}" || { echo 'it has ended'; return 1; }
+    good_in_time || return 1
+    is_sanitized || wait_for 3 memory_is_back || { echo "VmRSS is $(pid1_kib VmRSS) KiB, was $BASELINE_KIB"; return 1; }
+    ! guest_console_has "$BAD_CONSOLE" || { echo 'the console shows a crash'; return 1; }
+}
+
+# Every answer must be right; the fastest of three counts, as the machine has other work too.
+good_in_time() {
+    local limit=500 best=999999 try start took
+    [ -z "$NS_PID" ] || is_sanitized || limit=100
+    for try in 1 2 3; do
+        start=$(ms)
+        "${GOOD[@]}" >"$T/good.now" || { echo "the next good request fails: $(cat "$T/good.now")"; return 1; }
+        took=$(($(ms) - start))
+        cmp -s "$T/good" "$T/good.now" || { echo "the next good request differs: $(head -c 500 "$T/good.now")"; return 1; }
+        [ "$took" -ge "$best" ] || best=$took
+    done
+    [ "$best" -le "$limit" ] || { echo "the next good request takes $best ms"; return 1; }
+}
+
+memory_is_back() { [ "$(pid1_kib VmRSS)" -le $((BASELINE_KIB + 256)) ]; }
+
+is_sanitized() { [[ $AGENT == */debug/* ]]; }
+
+# ---- The end --------------------------------------------------------------------------------
+
+BAD_CONSOLE='Kernel panic|BUG: |Oops: |ERROR: (Address|Leak)Sanitizer|runtime error: |Assertion .*failed'
+
+lib_end() {
+    local status=$? console
+    trap '' TERM INT
+    set +e
+    [ "$status" = 0 ] || fail "$TEST_NAME: runs to its end" "ended with status $status"
+    for console in "$T"/*/console; do
+        [ -e "$console" ] || continue
+        ! grep -qaE "$BAD_CONSOLE" "$console" ||
+            fail "$TEST_NAME: no crash in a console" "$(grep -aE -A 20 "$BAD_CONSOLE" "$console")"
+    done
+    stop
+    [ "$CHECKS" -gt 0 ] || fail "$TEST_NAME: has checks" 'none was made'
+    if [ -n "${TEST_KEEP-}" ]; then
+        echo "kept: $T"
+    else
+        rm -rf "$T"
+    fi
+    [ "$FAILED" = 0 ] || exit 1
+    exit 0
+}

@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# Runs the tests: all of tests/*.sh, or those named (tests/run.sh http zip), and the unit
+# tests. Two scripts at a time, except those that measure time or rebuild. Scripts that need
+# no guest run a second time with the sanitizer build. Failures come with what their script
+# printed; the last line is `N passed, N failed`.
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+. runtimes/guest.sh
+
+LOGS=$(mktemp -d /tmp/tests.XXXXXX)
+trap 'rm -rf "$LOGS"' EXIT
+trap 'exit 130' INT TERM
+
+# Not a test, or with a home of their own above.
+is_test() { [[ $1 != lib && $1 != run ]]; }
+is_for_guests() { grep -qE '^[^#]*\b(boot|start_guest)\b' "tests/$1.sh"; }
+is_for_namespaces() { grep -qE '^[^#]*\bns_start\b' "tests/$1.sh"; }
+runs_alone() { [[ $1 == build ]] || grep -q '^# Runs alone' "tests/$1.sh"; }
+
+seconds_for() {
+    case $1 in
+    build) echo 900 ;;
+    *) echo 300 ;;
+    esac
+}
+
+# run_script LABEL COMMAND…: what it prints goes to a log, with a line more when it dies
+# without having said why.
+run_script() {
+    local label=$1 log=$LOGS/$1.log status=0 start=$SECONDS
+    shift
+    timeout -k 10 "$(seconds_for "${label%% *}")" "$@" >"$log" 2>&1 </dev/null || status=$?
+    if [ "$status" != 0 ] && ! grep -q '^FAIL ' "$log"; then
+        echo "FAIL $label: ended with status $status" >>"$log"
+    elif [ "$status" = 0 ] && ! grep -q '^ok ' "$log"; then
+        echo "FAIL $label: made no check" >>"$log"
+    fi
+    if grep -q '^FAIL ' "$log"; then
+        printf '%s\n' "-- $label ($((SECONDS - start)) s)" "$(cat "$log")"
+    else
+        echo "-- $label ($((SECONDS - start)) s): $(grep -c '^ok ' "$log") ok"
+    fi
+}
+
+# A failed guest is a failure of every script that needs one, and is said once, loudly.
+guests_work() {
+    if (guest_image debian-12-test) >"$LOGS/guests.log" 2>&1; then
+        return 0
+    fi
+    cat "$LOGS/guests.log"
+    echo '!!!! NO GUEST CAN BE BOOTED HERE: every test that needs one counts as failed !!!!'
+    echo 'FAIL guests: cannot be booted' >>"$LOGS/guests.log"
+    return 1
+}
+
+run_all() {
+    local name running=0
+    for name in "$@"; do
+        if runs_alone "$name"; then
+            wait
+            running=0
+        elif [ "$running" = 2 ]; then
+            wait -n || true
+            running=1
+        fi
+        run_one "$name" &
+        running=$((running + 1))
+        ! runs_alone "$name" || { wait; running=0; }
+    done
+    wait
+}
+
+# One script, and what else its name stands for.
+run_one() {
+    local name=$1
+    if [ "$name" = unit ]; then
+        run_script unit out/debug/unit
+    elif is_for_guests "$name" && [ -z "$GUESTS" ]; then
+        echo "FAIL $name: no guest can be booted" >"$LOGS/$name.log"
+    else
+        run_script "$name" bash "tests/$name.sh"
+        if is_for_namespaces "$name" && ! is_for_guests "$name" && [ -x out/debug/agent ]; then
+            AGENT=out/debug/agent run_script "$name (sanitizers)" bash "tests/$name.sh"
+        fi
+    fi
+}
+
+main() {
+    local names=() name file
+    if [ $# = 0 ]; then
+        [ ! -x out/debug/unit ] || names+=(unit)
+        for file in tests/*.sh; do
+            name=${file##*/}
+            names+=("${name%.sh}")
+        done
+    fi
+    for name; do
+        name=${name##*/}
+        names+=("${name%.sh}")
+    done
+    local chosen=()
+    for name in "${names[@]}"; do
+        ! is_test "$name" || chosen+=("$name")
+    done
+    GUESTS=yes
+    for name in "${chosen[@]}"; do
+        if [ "$name" != unit ] && is_for_guests "$name"; then
+            guests_work || GUESTS=''
+            break
+        fi
+    done
+    run_all "${chosen[@]}"
+    summary
+}
+
+summary() {
+    local passed failed
+    passed=$(cat "$LOGS"/*.log | grep -c '^ok ' || true)
+    failed=$(cat "$LOGS"/*.log | grep -c '^FAIL ' || true)
+    if [ "$failed" != 0 ]; then
+        echo
+        grep -h '^FAIL ' "$LOGS"/*.log
+    fi
+    [ "$passed" != 0 ] || [ "$failed" != 0 ] || { echo 'no test ran'; failed=1; }
+    echo "$passed passed, $failed failed"
+    [ "$failed" = 0 ]
+}
+
+main "$@"
