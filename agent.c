@@ -1,0 +1,7543 @@
+/* agent.c - one static binary that is PID 1 of a microVM.
+ *
+ * Its life as init:
+ *   boot    mount what a program needs, put a writable overlay over a read-only root
+ *   listen  vsock 52 (the supervisor's wire) and 80 (plain HTTP), then tell the host: ready
+ *   wait    meanwhile a Python interpreter warms up
+ *   setup   the host sends a configuration: unpack the code, start the program
+ *   serve   carry requests and events to the program, restart it when it dies
+ *   halt    stop the program, sync, answer, reboot(2)
+ *
+ * Rules that always hold:
+ *   - One thread, one epoll loop. Once it runs nothing blocks; what must block (unpacking,
+ *     sync) or is done for somebody else (!command) runs in a child that reports by a pipe.
+ *   - PID 1 halts the machine, it never exits.
+ *   - The host is trusted to configure, not to send well-formed bytes. The program is not
+ *     trusted at all. Whatever they choose the size of meets a limit before memory is taken.
+ *   - Every failure costs one connection, one exchange or one program, and says so once to
+ *     whoever caused it and once in the log.
+ *
+ * Sections, each using only those above it (grep '^/\* ====' agent.c):
+ *   log sys buf loop text mp conf boot net vol child conn exchange worker program
+ *   aleph http call forward init main
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <assert.h>
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <fnmatch.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <linux/netlink.h>
+#include <linux/rtnetlink.h>
+#include <linux/vm_sockets.h>
+#include <net/if.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/epoll.h>
+#include <sys/file.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/reboot.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
+#include <sys/statvfs.h>
+#include <sys/syscall.h>
+#include <sys/sysinfo.h>
+#include <sys/un.h>
+#include <sys/utsname.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <zlib.h>
+
+#include "agent.h"
+#include "llhttp.h"
+#include "unzip.h"
+#include "zip.h"
+
+#define COUNT(table)            (sizeof(table) / sizeof *(table))
+#define CONTAINER(p, type, m)   ((type *)(void *)((char *)(p) - offsetof(type, m)))
+#define PRINTF(fmt, args)       __attribute__((format(printf, fmt, args)))
+
+/* Limits are settings: read from the command line before the loop runs, then constant. */
+#define LIMIT_FIELD(name, value, least, most, what) int64_t name;
+#define LIMIT_VALUE(name, value, least, most, what) .name = (value),
+static struct limits { LIMITS(LIMIT_FIELD) } limits = { LIMITS(LIMIT_VALUE) };
+
+/* unit.c defines these first, to inject failures. */
+#ifndef SYS_READ
+#define SYS_READ    read
+#define SYS_WRITE   write
+#define SYS_SOCKET  socket
+#define SYS_ACCEPT  accept4
+#endif
+
+/* ==== log: console and ring ======================================================
+ * A line goes to the ring, always, and to the console if it takes it. The console of a
+ * microVM is a serial line that an emulator may serve slowly: it is written without
+ * blocking, and lines that find it full are dropped there and counted. */
+enum log_level { LOG_ERROR, LOG_INFO, LOG_DEBUG };
+
+struct log {
+    enum log_level level;
+    int      fd;                    /* the console, non-blocking; -1 = none */
+    char    *ring;                  /* limits.log_ring_bytes, or NULL: no memory for it */
+    uint64_t ring_head;             /* bytes ever written to the ring */
+    char     pending[8192];         /* taken but not yet by the console */
+    size_t   pending_len;
+    unsigned dropped;               /* lines lost to the console since it was full */
+    char     last[256];             /* last message, to fold repetitions */
+    unsigned repeats;
+};
+
+static struct log agent_log = { .level = LOG_INFO, .fd = 2 };
+
+static int64_t now_ms(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+/* Microseconds since the kernel started, suspended time included. */
+static int64_t kernel_us(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_BOOTTIME, &ts);
+    return (int64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
+}
+
+static void log_flush(void)
+{
+    struct log *l = &agent_log;
+
+    while (l->fd >= 0 && l->pending_len > 0) {
+        ssize_t n = write(l->fd, l->pending, l->pending_len);
+        if (n <= 0)
+            return;
+        memmove(l->pending, l->pending + n, l->pending_len - (size_t)n);
+        l->pending_len -= (size_t)n;
+    }
+    if (l->dropped > 0 && l->fd >= 0) {
+        l->pending_len = (size_t)snprintf(l->pending, sizeof l->pending,
+            "agent: console too slow, %u lines dropped\n", l->dropped);
+        l->dropped = 0;
+    }
+}
+
+static void log_ring_add(const char *p, size_t n)
+{
+    struct log *l = &agent_log;
+    size_t cap = (size_t)limits.log_ring_bytes;
+
+    if (!l->ring && !(l->ring = malloc(cap)))
+        return;
+    for (size_t i = 0; i < n; i++)
+        l->ring[l->ring_head++ % cap] = p[i];
+}
+
+/* One line, without its newline; control bytes become '?', as a terminal may be reading. */
+static void log_line(const char *who, const char *p, size_t n)
+{
+    struct log *l = &agent_log;
+    char line[512 + 4096];
+    int64_t us = kernel_us();
+    int head = snprintf(line, 512, "%s[%" PRId64 ".%03d]: ", who, us / 1000000,
+                        (int)(us / 1000 % 1000));
+    size_t len = (size_t)(head < 512 ? head : 511);
+
+    for (size_t i = 0; i < n && len < sizeof line - 1; i++) {
+        unsigned char c = (unsigned char)p[i];
+        line[len++] = (c < 0x20 && c != '\t') || c == 0x7f ? '?' : (char)c;
+    }
+    line[len++] = '\n';
+    log_ring_add(line, len);
+    if (l->fd < 0)
+        return;
+    log_flush();
+    if (l->pending_len + len > sizeof l->pending) {
+        l->dropped++;
+        return;
+    }
+    memcpy(l->pending + l->pending_len, line, len);
+    l->pending_len += len;
+    log_flush();
+}
+
+PRINTF(2, 0)
+static void log_format(enum log_level level, const char *format, va_list ap)
+{
+    struct log *l = &agent_log;
+    char text[2048], again[64];
+
+    if (level > l->level)
+        return;
+    int n = vsnprintf(text, sizeof text, format, ap);
+    if (n < 0)
+        return;
+    if (strncmp(text, l->last, sizeof l->last - 1) == 0) {
+        l->repeats++;
+        return;
+    }
+    if (l->repeats > 0) {
+        int m = snprintf(again, sizeof again, "last line came %u times more", l->repeats);
+        log_line("agent", again, (size_t)m);
+        l->repeats = 0;
+    }
+    snprintf(l->last, sizeof l->last, "%s", text);
+    log_line("agent", text, strlen(text));
+}
+
+PRINTF(1, 2) static void log_info(const char *format, ...)
+{
+    va_list ap;
+    va_start(ap, format);
+    log_format(LOG_INFO, format, ap);
+    va_end(ap);
+}
+
+PRINTF(1, 2) static void log_debug(const char *format, ...)
+{
+    va_list ap;
+    va_start(ap, format);
+    log_format(LOG_DEBUG, format, ap);
+    va_end(ap);
+}
+
+/* Logs the message and errno's text; returns -1, so that a caller can return it. */
+PRINTF(1, 2) static int log_errno(const char *format, ...)
+{
+    char text[1024];
+    int saved = errno;
+    va_list ap;
+
+    va_start(ap, format);
+    vsnprintf(text, sizeof text, format, ap);
+    va_end(ap);
+    log_info("%s: %s", text, strerror(saved));
+    errno = saved;
+    return -1;
+}
+
+/* For commands only: init never exits. */
+PRINTF(1, 2) static _Noreturn void die(const char *format, ...)
+{
+    va_list ap;
+
+    fputs("agent: ", stderr);
+    va_start(ap, format);
+    vfprintf(stderr, format, ap);
+    va_end(ap);
+    fputc('\n', stderr);
+    exit(EXIT_FAILED);
+}
+
+/* ==== sys: system calls that everybody needs ===================================== */
+
+/* Closes and forgets; accepts -1, keeps errno. */
+static void fd_close(int *fd)
+{
+    int saved = errno;
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+    errno = saved;
+}
+
+static int fd_nonblock(int fd)
+{
+    int flags = fcntl(fd, F_GETFL);
+    return flags < 0 ? -1 : fcntl(fd, F_SETFL, flags | O_NONBLOCK);
+}
+
+/* Blocking; for small files of proc and sys, and in children. 0 or -1. */
+static int fd_write_all(int fd, const void *p, size_t n)
+{
+    const char *at = p;
+
+    while (n > 0) {
+        ssize_t done = SYS_WRITE(fd, at, n);
+        if (done < 0 && errno == EINTR)
+            continue;
+        if (done < 0)
+            return -1;
+        at += done;
+        n -= (size_t)done;
+    }
+    return 0;
+}
+
+static int file_write(const char *path, const void *p, size_t n, mode_t mode)
+{
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, mode);
+    if (fd < 0)
+        return -1;
+    int rc = fd_write_all(fd, p, n);
+    fd_close(&fd);
+    return rc;
+}
+
+/* For proc and sys, where a file must not be created. */
+static int file_set(const char *path, const char *text)
+{
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    int rc = fd_write_all(fd, text, strlen(text));
+    fd_close(&fd);
+    return rc;
+}
+
+/* Makes every folder of an absolute path. 0 or -1; an existing folder is success. */
+static int mkdir_all(const char *path, mode_t mode)
+{
+    char part[PATH_MAX];
+
+    if (snprintf(part, sizeof part, "%s", path) >= (int)sizeof part) {
+        errno = ENAMETOOLONG;
+        return -1;
+    }
+    for (char *p = part + 1; *p; p++) {
+        if (*p != '/')
+            continue;
+        *p = '\0';
+        if (mkdir(part, mode) < 0 && errno != EEXIST && errno != EROFS)
+            return -1;
+        *p = '/';
+    }
+    return mkdir(part, mode) < 0 && errno != EEXIST ? -1 : 0;
+}
+
+/* ==== buf: growing bytes, and a borrowed span ==================================== */
+struct span {
+    const char *p;
+    size_t      n;
+};
+
+#define SPAN(literal) ((struct span){ literal, sizeof literal - 1 })
+
+static struct span span_of(const char *text)
+{
+    return (struct span){ text, text ? strlen(text) : 0 };
+}
+
+static bool span_eq(struct span s, const char *text)
+{
+    return s.n == strlen(text) && memcmp(s.p, text, s.n) == 0;
+}
+
+static bool span_eq_nocase(struct span s, const char *text)
+{
+    return s.n == strlen(text) && strncasecmp(s.p, text, s.n) == 0;
+}
+
+/* A copy with a NUL at its end, or NULL: no memory. */
+static char *span_dup(struct span s)
+{
+    char *copy = malloc(s.n + 1);
+    if (copy) {
+        if (s.n > 0)
+            memcpy(copy, s.p, s.n);
+        copy[s.n] = '\0';
+    }
+    return copy;
+}
+
+/* Bytes are taken from the front and added at the end. An add that finds no memory sets
+ * `failed` and adds nothing, nor does any later one: whoever builds a message checks once. */
+struct buf {
+    char  *data;
+    size_t start, len, cap;     /* the bytes are data[start .. start + len) */
+    bool   failed;
+};
+
+#define BUF_KEEP_BYTES  (64 << 10)      /* an empty buf gives back more than this */
+
+static void buf_fini(struct buf *b)
+{
+    free(b->data);
+    *b = (struct buf){ 0 };
+}
+
+static const char *buf_at(const struct buf *b)
+{
+    return b->data + b->start;
+}
+
+static struct span buf_span(const struct buf *b)
+{
+    return (struct span){ b->len > 0 ? buf_at(b) : "", b->len };
+}
+
+/* Where n more bytes may be written, or NULL. They count once buf_added(). */
+static char *buf_room(struct buf *b, size_t n)
+{
+    if (b->failed)
+        return NULL;
+    if (b->cap - b->start - b->len >= n)
+        return b->data + b->start + b->len;
+    if (b->start > 0) {
+        memmove(b->data, b->data + b->start, b->len);
+        b->start = 0;
+    }
+    if (b->cap - b->len < n) {
+        size_t cap = b->cap < 256 ? 256 : b->cap;
+        while (cap - b->len < n && cap <= SIZE_MAX / 2)
+            cap *= 2;
+        char *data = cap - b->len < n ? NULL : realloc(b->data, cap);
+        if (!data) {
+            b->failed = true;
+            return NULL;
+        }
+        b->data = data;
+        b->cap = cap;
+    }
+    return b->data + b->len;
+}
+
+static void buf_added(struct buf *b, size_t n)
+{
+    b->len += n;
+}
+
+static int buf_add(struct buf *b, const void *p, size_t n)
+{
+    char *to = buf_room(b, n);
+    if (!to)
+        return -1;
+    if (n > 0)
+        memcpy(to, p, n);
+    b->len += n;
+    return 0;
+}
+
+static int buf_add_span(struct buf *b, struct span s)
+{
+    return buf_add(b, s.p, s.n);
+}
+
+static int buf_add_text(struct buf *b, const char *text)
+{
+    return buf_add(b, text, strlen(text));
+}
+
+static int buf_add_byte(struct buf *b, unsigned char c)
+{
+    return buf_add(b, &c, 1);
+}
+
+PRINTF(2, 3) static int buf_add_format(struct buf *b, const char *format, ...)
+{
+    char text[1024];
+    va_list ap;
+
+    va_start(ap, format);
+    int n = vsnprintf(text, sizeof text, format, ap);
+    va_end(ap);
+    return buf_add(b, text, n < (int)sizeof text ? (size_t)n : sizeof text - 1);
+}
+
+/* Takes n bytes from the front. */
+static void buf_drop(struct buf *b, size_t n)
+{
+    assert(n <= b->len);
+    b->start += n;
+    b->len -= n;
+    if (b->len > 0)
+        return;
+    b->start = 0;
+    if (b->cap > BUF_KEEP_BYTES)
+        buf_fini(b);
+}
+
+/* Keeps the last `most` bytes: the tail of an output. */
+static void buf_keep_tail(struct buf *b, size_t most)
+{
+    if (b->len > most)
+        buf_drop(b, b->len - most);
+}
+
+/* Ends the bytes with a NUL that does not count and returns them, "" when there is no memory. */
+static const char *buf_text(struct buf *b)
+{
+    char *end = buf_room(b, 1);
+    if (!end)
+        return "";
+    *end = '\0';
+    return buf_at(b);
+}
+
+/* The whole of a small file, at most `most` bytes; -1 and errno (EFBIG: larger). */
+static int file_load(const char *path, struct buf *out, size_t most)
+{
+    int rc = -1, fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    for (;;) {
+        char *to = buf_room(out, 4096);
+        if (!to) {
+            errno = ENOMEM;
+            break;
+        }
+        ssize_t n = SYS_READ(fd, to, 4096);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0) {
+            rc = (int)n;
+            break;
+        }
+        buf_added(out, (size_t)n);
+        if (out->len > most) {
+            errno = EFBIG;
+            break;
+        }
+    }
+    fd_close(&fd);
+    return rc;
+}
+
+/* ==== loop: epoll, deadlines, end-of-turn work ===================================
+ * A turn: descriptors that are ready, deadlines that have passed, work queued with
+ * loop_soon, then the burial of what was given up. Nothing that a turn could still point
+ * to is freed before its end: a handler may give up any watch, its own included. */
+struct watch {
+    int           fd;               /* -1: not in epoll, deadlines still work */
+    uint32_t      events;           /* what epoll watches now */
+    void        (*on_event)(struct watch *, uint32_t events);   /* events 0: from loop_soon */
+    void        (*on_deadline)(struct watch *);
+    int64_t       deadline_ms;      /* monotonic */
+    size_t        heap_at;          /* place in the heap, from 1; 0 = no deadline */
+    bool          soon, buried;
+    struct watch *next_soon, *next_buried;
+    void        (*on_bury)(struct watch *);
+};
+
+struct loop {
+    int            epoll_fd;
+    bool           stop;
+    struct watch **heap;            /* heap[1] has the nearest deadline */
+    size_t         heap_len, heap_cap;
+    struct watch  *soon_first, **soon_last;
+    struct watch  *buried;
+};
+
+static int loop_init(struct loop *l)
+{
+    *l = (struct loop){ .epoll_fd = epoll_create1(EPOLL_CLOEXEC) };
+    l->soon_last = &l->soon_first;
+    return l->epoll_fd < 0 ? -1 : 0;
+}
+
+/* Watches w->fd for `events` (epoll_ctl(2)); 0: keep it, but ask for nothing. */
+static int loop_want(struct loop *l, struct watch *w, uint32_t events)
+{
+    struct epoll_event e = { .events = events, .data.ptr = w };
+
+    if (w->events == events)
+        return 0;
+    int op = w->events == 0 ? EPOLL_CTL_ADD : events == 0 ? EPOLL_CTL_DEL : EPOLL_CTL_MOD;
+    if (epoll_ctl(l->epoll_fd, op, w->fd, &e) < 0)
+        return -1;
+    w->events = events;
+    return 0;
+}
+
+static void heap_put(struct loop *l, size_t at, struct watch *w)
+{
+    l->heap[at] = w;
+    w->heap_at = at;
+}
+
+/* Moves the watch at `at` to where its deadline belongs. */
+static void heap_sift(struct loop *l, size_t at)
+{
+    struct watch *w = l->heap[at];
+
+    for (; at > 1 && l->heap[at / 2]->deadline_ms > w->deadline_ms; at /= 2)
+        heap_put(l, at, l->heap[at / 2]);
+    for (size_t kid; (kid = 2 * at) <= l->heap_len; at = kid) {
+        if (kid < l->heap_len && l->heap[kid + 1]->deadline_ms < l->heap[kid]->deadline_ms)
+            kid++;
+        if (l->heap[kid]->deadline_ms >= w->deadline_ms)
+            break;
+        heap_put(l, at, l->heap[kid]);
+    }
+    heap_put(l, at, w);
+}
+
+static void loop_never(struct loop *l, struct watch *w)
+{
+    size_t at = w->heap_at;
+
+    if (at == 0)
+        return;
+    w->heap_at = 0;
+    struct watch *last = l->heap[l->heap_len--];
+    if (last != w) {
+        heap_put(l, at, last);
+        heap_sift(l, at);
+    }
+}
+
+/* Calls w->on_deadline once, `ms` from now, instead of any earlier wish. -1: no memory. */
+static int loop_after(struct loop *l, struct watch *w, int64_t ms)
+{
+    w->deadline_ms = now_ms() + ms;
+    if (w->heap_at == 0) {
+        if (l->heap_len + 2 > l->heap_cap) {
+            size_t cap = l->heap_cap ? 2 * l->heap_cap : 64;
+            struct watch **heap = realloc(l->heap, cap * sizeof(struct watch *));
+            if (!heap)
+                return -1;
+            l->heap = heap;
+            l->heap_cap = cap;
+        }
+        heap_put(l, ++l->heap_len, w);
+    }
+    heap_sift(l, w->heap_at);
+    return 0;
+}
+
+/* Calls w->on_event(w, 0) at the end of this turn. */
+static void loop_soon(struct loop *l, struct watch *w)
+{
+    if (w->soon || w->buried)
+        return;
+    w->soon = true;
+    w->next_soon = NULL;
+    *l->soon_last = w;
+    l->soon_last = &w->next_soon;
+}
+
+static void loop_forget_soon(struct loop *l, struct watch *w)
+{
+    if (!w->soon)
+        return;
+    for (struct watch **at = &l->soon_first; *at; at = &(*at)->next_soon) {
+        if (*at != w)
+            continue;
+        *at = w->next_soon;
+        if (!*at)
+            l->soon_last = at;
+        break;
+    }
+    w->soon = false;
+}
+
+/* Gives up a watch: closes its descriptor now, calls on_bury (which frees) at the end of the turn. */
+static void loop_bury(struct loop *l, struct watch *w, void (*on_bury)(struct watch *))
+{
+    if (w->buried)
+        return;
+    loop_never(l, w);
+    if (w->fd >= 0 && w->events)
+        loop_want(l, w, 0);
+    fd_close(&w->fd);
+    w->buried = true;
+    w->on_bury = on_bury;
+    w->next_buried = l->buried;
+    l->buried = w;
+}
+
+static int loop_timeout(const struct loop *l)
+{
+    if (l->soon_first)
+        return 0;
+    int64_t ms = l->heap_len > 0 ? l->heap[1]->deadline_ms - now_ms() : 60000;
+    if (agent_log.pending_len > 0 && ms > 20)
+        ms = 20;                    /* the console takes no interest in being watched */
+    return ms < 0 ? 0 : ms > 60000 ? 60000 : (int)ms;
+}
+
+static void loop_run_soon(struct loop *l)
+{
+    struct watch *w = l->soon_first;
+
+    l->soon_first = NULL;
+    l->soon_last = &l->soon_first;
+    while (w) {
+        struct watch *next = w->next_soon;
+        w->soon = false;
+        if (!w->buried)
+            w->on_event(w, 0);
+        w = next;
+    }
+}
+
+static void loop_turn(struct loop *l)
+{
+    struct epoll_event events[64];
+    int n = epoll_wait(l->epoll_fd, events, COUNT(events), loop_timeout(l));
+
+    for (int i = 0; i < n; i++) {
+        struct watch *w = events[i].data.ptr;
+        if (!w->buried && w->events)
+            w->on_event(w, events[i].events);
+    }
+    for (int64_t now = now_ms(); l->heap_len > 0 && l->heap[1]->deadline_ms <= now;) {
+        struct watch *w = l->heap[1];
+        loop_never(l, w);
+        w->on_deadline(w);
+    }
+    loop_run_soon(l);
+    while (l->buried) {
+        struct watch *w = l->buried;
+        l->buried = w->next_buried;
+        loop_forget_soon(l, w);
+        w->on_bury(w);
+    }
+    log_flush();
+}
+
+static void loop_run(struct loop *l)
+{
+    while (!l->stop)
+        loop_turn(l);
+}
+
+/* ==== text: UTF-8, percent-encoding, base32, numbers ============================= */
+
+/* Length of the valid UTF-8 sequence at p (RFC 3629 section 4), 0 if there is none. */
+static size_t utf8_step(const char *text, size_t n)
+{
+    const unsigned char *p = (const unsigned char *)text;
+
+    if (n >= 1 && p[0] < 0x80)
+        return 1;
+    if (n >= 2 && p[0] >= 0xc2 && p[0] <= 0xdf && (p[1] & 0xc0) == 0x80)
+        return 2;
+    if (n >= 3 && (p[0] & 0xf0) == 0xe0 && (p[1] & 0xc0) == 0x80 && (p[2] & 0xc0) == 0x80)
+        return (p[0] == 0xe0 && p[1] < 0xa0) || (p[0] == 0xed && p[1] > 0x9f) ? 0 : 3;
+    if (n >= 4 && p[0] >= 0xf0 && p[0] <= 0xf4 && (p[1] & 0xc0) == 0x80
+        && (p[2] & 0xc0) == 0x80 && (p[3] & 0xc0) == 0x80)
+        return (p[0] == 0xf0 && p[1] < 0x90) || (p[0] == 0xf4 && p[1] > 0x8f) ? 0 : 4;
+    return 0;
+}
+
+static bool utf8_ok(struct span s)
+{
+    while (s.n > 0) {
+        size_t step = utf8_step(s.p, s.n);
+        if (step == 0)
+            return false;
+        s.p += step;
+        s.n -= step;
+    }
+    return true;
+}
+
+/* Adds s as UTF-8, each byte that is none as U+FFFD. */
+static void utf8_add(struct buf *out, struct span s)
+{
+    while (s.n > 0) {
+        size_t step = utf8_step(s.p, s.n);
+        if (step > 0)
+            buf_add(out, s.p, step);
+        else
+            buf_add_text(out, "\xef\xbf\xbd");
+        s.p += step ? step : 1;
+        s.n -= step ? step : 1;
+    }
+}
+
+/* Adds s, whose bytes are ISO 8859-1 if they are not UTF-8, as UTF-8. */
+static void utf8_add_latin1(struct buf *out, struct span s)
+{
+    if (utf8_ok(s)) {
+        buf_add_span(out, s);
+        return;
+    }
+    for (size_t i = 0; i < s.n; i++) {
+        unsigned char c = (unsigned char)s.p[i];
+        if (c >= 0x80)
+            buf_add_byte(out, (unsigned char)(0xc0 | c >> 6));
+        buf_add_byte(out, c < 0x80 ? c : (unsigned char)(0x80 | (c & 0x3f)));
+    }
+}
+
+/* Shortens to at most `most` bytes without cutting a character: the start is kept. */
+static struct span utf8_cut(struct span s, size_t most)
+{
+    if (s.n <= most)
+        return s;
+    s.n = most;
+    while (s.n > 0 && (s.p[s.n] & 0xc0) == 0x80)
+        s.n--;
+    return s;
+}
+
+static int hex_value(char c)
+{
+    return c >= '0' && c <= '9' ? c - '0'
+         : c >= 'a' && c <= 'f' ? c - 'a' + 10
+         : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+}
+
+/* The value of %XX at s, or -1. */
+static int percent_value(struct span s)
+{
+    if (s.n < 3 || s.p[0] != '%' || hex_value(s.p[1]) < 0 || hex_value(s.p[2]) < 0)
+        return -1;
+    return hex_value(s.p[1]) * 16 + hex_value(s.p[2]);
+}
+
+static void percent_decode(struct buf *out, struct span s)
+{
+    for (size_t i = 0; i < s.n; i++) {
+        int c = percent_value((struct span){ s.p + i, s.n - i });
+        buf_add_byte(out, (unsigned char)(c < 0 ? s.p[i] : c));
+        i += c < 0 ? 0 : 2;
+    }
+}
+
+static void percent_add_byte(struct buf *out, unsigned char c)
+{
+    static const char digits[] = "0123456789ABCDEF";
+    buf_add_byte(out, '%');
+    buf_add_byte(out, (unsigned char)digits[c >> 4]);
+    buf_add_byte(out, (unsigned char)digits[c & 15]);
+}
+
+static bool is_unreserved(unsigned char c)      /* RFC 3986 section 2.3 */
+{
+    return (c < 0x80 && isalnum(c)) || (c && strchr("-._~", c));
+}
+
+/* Encodes a decoded path for a request line: pchar and '/' stay (RFC 3986 section 3.3). */
+static void percent_encode_path(struct buf *out, struct span s)
+{
+    for (size_t i = 0; i < s.n; i++) {
+        unsigned char c = (unsigned char)s.p[i];
+        if (is_unreserved(c) || (c && strchr("!$&'()*+,;=:@/", c)))
+            buf_add_byte(out, c);
+        else
+            percent_add_byte(out, c);
+    }
+}
+
+/* Encodes a half-decoded query: space becomes '+', %XX and what a query may hold (RFC 3986
+ * section 3.4) stay. */
+static void percent_encode_query(struct buf *out, struct span s)
+{
+    for (size_t i = 0; i < s.n; i++) {
+        unsigned char c = (unsigned char)s.p[i];
+        bool kept = c == '%' && percent_value((struct span){ s.p + i, s.n - i }) >= 0;
+        if (c == ' ')
+            buf_add_byte(out, '+');
+        else if (kept || is_unreserved(c) || (c && strchr("!$&'()*+,;=:@/?", c)))
+            buf_add_byte(out, c);
+        else
+            percent_add_byte(out, c);
+    }
+}
+
+/* RFC 4648 base32, lower case, no padding, of the bytes that `hex` spells. -1: not hex. */
+static int base32_of_hex(char *out, size_t size, struct span hex)
+{
+    unsigned bits = 0, have = 0;
+    size_t len = 0;
+
+    if (hex.n % 2 != 0 || size < hex.n / 2 * 8 / 5 + 2)
+        return -1;
+    for (size_t i = 0; i < hex.n; i++) {
+        int v = hex_value(hex.p[i]);
+        if (v < 0)
+            return -1;
+        bits = (bits << 4 | (unsigned)v) & 0xff;
+        have += 4;
+        if (have >= 5) {
+            have -= 5;
+            out[len++] = "abcdefghijklmnopqrstuvwxyz234567"[bits >> have & 31];
+        }
+    }
+    if (have > 0)
+        out[len++] = "abcdefghijklmnopqrstuvwxyz234567"[bits << (5 - have) & 31];
+    out[len] = '\0';
+    return 0;
+}
+
+/* A decimal number from `least` to `most`, nothing else around it. */
+static bool number_read(struct span s, int64_t least, int64_t most, int64_t *out)
+{
+    int64_t value = 0;
+
+    if (s.n == 0 || s.n > 19)
+        return false;
+    for (size_t i = 0; i < s.n; i++) {
+        if (s.p[i] < '0' || s.p[i] > '9')
+            return false;
+        if (__builtin_mul_overflow(value, 10, &value)
+            || __builtin_add_overflow(value, s.p[i] - '0', &value))
+            return false;
+    }
+    *out = value;
+    return value >= least && value <= most;
+}
+
+static const struct limit {
+    const char *name, *what;
+    size_t      offset;
+    int64_t     least, most;
+} limit_table[] = {
+#define LIMIT_ROW(name, value, least, most, what) \
+    { #name, what, offsetof(struct limits, name), least, most },
+    LIMITS(LIMIT_ROW)
+};
+
+/* Sets a limit from "NAME=VALUE". NULL, or what is wrong, for people. */
+static const char *limit_set(const char *assignment)
+{
+    static char wrong[256];
+    const char *eq = strchr(assignment, '=');
+    size_t len = eq ? (size_t)(eq - assignment) : strlen(assignment);
+    int64_t value;
+
+    for (size_t i = 0; i < COUNT(limit_table); i++) {
+        const struct limit *row = &limit_table[i];
+        if (strlen(row->name) != len || memcmp(row->name, assignment, len) != 0)
+            continue;
+        if (eq && number_read(span_of(eq + 1), row->least, row->most, &value)) {
+            *(int64_t *)(void *)((char *)&limits + row->offset) = value;
+            return NULL;
+        }
+        snprintf(wrong, sizeof wrong, "limit %s takes a number from %" PRId64 " to %" PRId64,
+                 row->name, row->least, row->most);
+        return wrong;
+    }
+    snprintf(wrong, sizeof wrong, "no limit is named %.*s", (int)len, assignment);
+    return wrong;
+}
+
+/* ==== mp: msgpack, no I/O ========================================================
+ * The format of msgpack.org's spec.md. Two uses: mp_scan finds where a message that still
+ * arrives will end, looking at each byte once; mp_read_* take a complete one apart. */
+enum mp_type { MP_NIL, MP_BOOL, MP_INT, MP_FLOAT, MP_STR, MP_BIN, MP_ARRAY, MP_MAP, MP_EXT, MP_BAD };
+
+struct mp_head {
+    enum mp_type type;
+    bool         negative;
+    uint64_t     value;             /* number, bool, or count of elements; of a map: pairs */
+    uint64_t     bytes;             /* payload that follows the head */
+    size_t       head;              /* size of the head itself */
+};
+
+static uint64_t big_endian(const unsigned char *p, size_t n)
+{
+    uint64_t v = 0;
+    while (n-- > 0)
+        v = v << 8 | *p++;
+    return v;
+}
+
+/* Reads one head from p. False: more bytes are needed. */
+static bool mp_head_read(const char *text, size_t n, struct mp_head *h)
+{
+    static const struct { unsigned char type, width; } wide[32] = {   /* 0xc0 .. 0xdf */
+        { MP_NIL, 0 }, { MP_BAD, 0 }, { MP_BOOL, 0 }, { MP_BOOL, 0 },
+        { MP_BIN, 1 }, { MP_BIN, 2 }, { MP_BIN, 4 },
+        { MP_EXT, 1 }, { MP_EXT, 2 }, { MP_EXT, 4 },
+        { MP_FLOAT, 4 }, { MP_FLOAT, 8 },
+        { MP_INT, 1 }, { MP_INT, 2 }, { MP_INT, 4 }, { MP_INT, 8 },
+        { MP_INT, 1 }, { MP_INT, 2 }, { MP_INT, 4 }, { MP_INT, 8 },
+        { MP_EXT, 0 }, { MP_EXT, 0 }, { MP_EXT, 0 }, { MP_EXT, 0 }, { MP_EXT, 0 },
+        { MP_STR, 1 }, { MP_STR, 2 }, { MP_STR, 4 },
+        { MP_ARRAY, 2 }, { MP_ARRAY, 4 }, { MP_MAP, 2 }, { MP_MAP, 4 },
+    };
+    const unsigned char *p = (const unsigned char *)text;
+
+    if (n == 0)
+        return false;
+    unsigned char c = p[0];
+    *h = (struct mp_head){ .head = 1 };
+    if (c < 0x80 || c >= 0xe0) {
+        h->type = MP_INT;
+        h->negative = c >= 0xe0;
+        h->value = h->negative ? (uint64_t)(int64_t)(int8_t)c : c;
+        return true;
+    }
+    if (c < 0xc0) {
+        h->type = c < 0x90 ? MP_MAP : c < 0xa0 ? MP_ARRAY : MP_STR;
+        h->value = c < 0xa0 ? c & 15 : c & 31;
+        h->bytes = h->type == MP_STR ? h->value : 0;
+        return true;
+    }
+    h->type = wide[c - 0xc0].type;
+    size_t width = wide[c - 0xc0].width;
+    h->head = 1 + width;
+    if (n < h->head)
+        return false;
+    h->value = big_endian(p + 1, width);
+    switch (h->type) {
+    case MP_BOOL:
+        h->value = c == 0xc3;
+        break;
+    case MP_INT:
+        if (c >= 0xd0) {            /* signed: extend the sign of `width` bytes */
+            unsigned shift = 64 - 8 * (unsigned)width;
+            h->value = (uint64_t)((int64_t)(h->value << shift) >> shift);
+            h->negative = (int64_t)h->value < 0;
+        }
+        break;
+    case MP_STR:
+    case MP_BIN:
+        h->bytes = h->value;
+        break;
+    case MP_EXT:                    /* one byte of type, then the data */
+        h->bytes = 1 + (width ? h->value : (uint64_t)1 << (c - 0xd4));
+        break;
+    default:
+        break;
+    }
+    return true;
+}
+
+struct mp_scan {
+    size_t   pos;                   /* bytes looked at; at the end: the message's length */
+    uint64_t skip;                  /* payload still to pass over */
+    unsigned depth;
+    uint64_t left[65];              /* values still to come at each depth; [0]: the message */
+};
+
+enum scan { SCAN_MORE, SCAN_DONE, SCAN_BAD };
+
+static void mp_scan_init(struct mp_scan *s)
+{
+    *s = (struct mp_scan){ .left = { 1 } };
+}
+
+/* Goes on over the first `n` bytes of a message that is `most` bytes at most. On SCAN_BAD
+ * *why says what is wrong; no claim of the message is believed before it is weighed. */
+static enum scan mp_scan(struct mp_scan *s, const char *p, size_t n, uint64_t most, const char **why)
+{
+    struct mp_head h;
+
+    for (;;) {
+        uint64_t step = s->skip < n - s->pos ? s->skip : n - s->pos;
+        s->pos += (size_t)step;
+        s->skip -= step;
+        if (s->skip > 0)
+            return SCAN_MORE;
+        while (s->left[s->depth] == 0) {
+            if (s->depth == 0)
+                return SCAN_DONE;
+            s->depth--;
+        }
+        if (!mp_head_read(p + s->pos, n - s->pos, &h))
+            return SCAN_MORE;
+        s->left[s->depth]--;
+        s->pos += h.head;
+        s->skip = h.bytes;
+        uint64_t values = h.type == MP_MAP ? 2 * h.value : h.type == MP_ARRAY ? h.value : 0;
+        if (h.type == MP_BAD) {
+            *why = "byte 0xc1 is no msgpack";
+            return SCAN_BAD;
+        }
+        if (s->pos + h.bytes > most || values > most - s->pos) {
+            *why = "larger than the limit";
+            return SCAN_BAD;
+        }
+        if (values > 0) {
+            if (s->depth + 1 > limits.mp_depth) {
+                *why = "nested too deep";
+                return SCAN_BAD;
+            }
+            s->left[++s->depth] = values;
+        }
+    }
+}
+
+/* A reader over one complete message. After the first wrong type it stays at `wrong`. */
+struct mp_in {
+    const char *p;
+    size_t      n;
+};
+
+static bool mp_next(struct mp_in *in, struct mp_head *h)
+{
+    return mp_head_read(in->p, in->n, h) && h->type != MP_BAD && h->bytes <= in->n - h->head;
+}
+
+static enum mp_type mp_peek(const struct mp_in *in)
+{
+    struct mp_head h;
+    return mp_head_read(in->p, in->n, &h) ? h.type : MP_BAD;
+}
+
+static void mp_advance(struct mp_in *in, size_t n)
+{
+    in->p += n;
+    in->n -= n;
+}
+
+/* Reads a head of the wanted type; false, and nothing is taken, if it is another. */
+static bool mp_read(struct mp_in *in, enum mp_type type, struct mp_head *h)
+{
+    if (!mp_next(in, h) || h->type != type)
+        return false;
+    mp_advance(in, h->head);
+    return true;
+}
+
+static bool mp_read_count(struct mp_in *in, enum mp_type type, uint64_t *count)
+{
+    struct mp_head h;
+    if (!mp_read(in, type, &h))
+        return false;
+    *count = h.value;
+    return true;
+}
+
+/* MP_STR or MP_BIN. */
+static bool mp_read_bytes(struct mp_in *in, enum mp_type type, struct span *out)
+{
+    struct mp_head h;
+    if (!mp_read(in, type, &h))
+        return false;
+    *out = (struct span){ in->p, (size_t)h.bytes };
+    mp_advance(in, (size_t)h.bytes);
+    return true;
+}
+
+static bool mp_read_bool(struct mp_in *in, bool *out)
+{
+    struct mp_head h;
+    if (!mp_read(in, MP_BOOL, &h))
+        return false;
+    *out = h.value != 0;
+    return true;
+}
+
+static bool mp_read_nil(struct mp_in *in)
+{
+    struct mp_head h;
+    return mp_read(in, MP_NIL, &h);
+}
+
+/* Passes over one value of any type. False: it is cut short or nested past the limit. */
+static bool mp_skip(struct mp_in *in)
+{
+    struct mp_scan s;
+    const char *why;
+
+    mp_scan_init(&s);
+    if (mp_scan(&s, in->p, in->n, in->n, &why) != SCAN_DONE)
+        return false;
+    mp_advance(in, s.pos);
+    return true;
+}
+
+static void mp_write_head(struct buf *out, unsigned char tag, uint64_t value, size_t width)
+{
+    buf_add_byte(out, tag);
+    while (width-- > 0)
+        buf_add_byte(out, (unsigned char)(value >> 8 * width));
+}
+
+static void mp_write_nil(struct buf *out)
+{
+    buf_add_byte(out, 0xc0);
+}
+
+static void mp_write_bool(struct buf *out, bool value)
+{
+    buf_add_byte(out, value ? 0xc3 : 0xc2);
+}
+
+static void mp_write_uint(struct buf *out, uint64_t v)
+{
+    if (v < 0x80)
+        buf_add_byte(out, (unsigned char)v);
+    else if (v <= 0xffff)
+        mp_write_head(out, 0xcd, v, 2);
+    else
+        mp_write_head(out, v <= 0xffffffff ? 0xce : 0xcf, v, v <= 0xffffffff ? 4 : 8);
+}
+
+static void mp_write_map(struct buf *out, uint32_t pairs)
+{
+    if (pairs < 16)
+        buf_add_byte(out, (unsigned char)(0x80 | pairs));
+    else
+        mp_write_head(out, 0xdf, pairs, 4);
+}
+
+static void mp_write_array(struct buf *out, uint32_t values)
+{
+    if (values < 16)
+        buf_add_byte(out, (unsigned char)(0x90 | values));
+    else
+        mp_write_head(out, 0xdd, values, 4);
+}
+
+static void mp_write_str_head(struct buf *out, size_t n)
+{
+    if (n < 32)
+        buf_add_byte(out, (unsigned char)(0xa0 | n));
+    else if (n < 256)
+        mp_write_head(out, 0xd9, n, 1);
+    else
+        mp_write_head(out, 0xdb, n, 4);
+}
+
+/* The bytes must be UTF-8. */
+static void mp_write_str(struct buf *out, struct span s)
+{
+    mp_write_str_head(out, s.n);
+    buf_add_span(out, s);
+}
+
+static void mp_write_key(struct buf *out, const char *key)
+{
+    mp_write_str(out, span_of(key));
+}
+
+static void mp_write_bin(struct buf *out, struct span s)
+{
+    if (s.n < 256)
+        mp_write_head(out, 0xc4, s.n, 1);
+    else
+        mp_write_head(out, 0xc6, s.n, 4);
+    buf_add_span(out, s);
+}
+
+/* Any bytes, made UTF-8 and cut to `most` bytes. */
+static void mp_write_text(struct buf *out, struct span s, size_t most)
+{
+    struct buf clean = { 0 };
+    utf8_add(&clean, s);
+    mp_write_str(out, utf8_cut(buf_span(&clean), most));
+    out->failed |= clean.failed;
+    buf_fini(&clean);
+}
+
+/* ==== conf: what was asked for: readers and one check ============================
+ * The supervisor's map (protocol key by key in conf_keys). Its bulk, code and input data,
+ * stays where it arrived, in `raw`, until it is unpacked; everything else is copied. */
+enum interface { INTERFACE_ASGI, INTERFACE_EXECUTABLE };
+enum encoding { ENCODING_NONE, ENCODING_PLAIN, ENCODING_ZIP, ENCODING_SQUASHFS };
+
+struct conf_pair { char *name, *value; };
+struct conf_volume { char *mount, *device; bool read_only; };
+
+struct conf {
+    struct buf          raw;                /* owned; code and input_data point into it */
+    struct span         code, input_data;   /* p is NULL: nil or missing */
+    char               *interface_name, *encoding_name, *vm_hash, *entrypoint;
+    char               *ip, *route, *ipv6, *ipv6_gateway;
+    char              **dns_servers, **authorized_keys;
+    size_t              dns_servers_len, authorized_keys_len;
+    struct conf_pair   *variables;
+    size_t              variables_len;
+    struct conf_volume *volumes;
+    size_t              volumes_len;
+    /* derived by conf_check */
+    enum interface      interface;
+    enum encoding       encoding;
+    char                hostname[HOSTNAME_MAX + 1];     /* "" = leave it alone */
+};
+
+#define CONF_LIST_MAX   64          /* name servers, keys and volumes that one list may hold */
+
+static void strings_free(char **list, size_t len)
+{
+    for (size_t i = 0; list && i < len; i++)
+        free(list[i]);
+    free(list);
+}
+
+static void conf_fini(struct conf *c)
+{
+    buf_fini(&c->raw);
+    free(c->interface_name);
+    free(c->encoding_name);
+    free(c->vm_hash);
+    free(c->entrypoint);
+    free(c->ip);
+    free(c->route);
+    free(c->ipv6);
+    free(c->ipv6_gateway);
+    strings_free(c->dns_servers, c->dns_servers_len);
+    strings_free(c->authorized_keys, c->authorized_keys_len);
+    for (size_t i = 0; i < c->variables_len; i++) {
+        free(c->variables[i].name);
+        free(c->variables[i].value);
+    }
+    free(c->variables);
+    for (size_t i = 0; i < c->volumes_len; i++) {
+        free(c->volumes[i].mount);
+        free(c->volumes[i].device);
+    }
+    free(c->volumes);
+    *c = (struct conf){ 0 };
+}
+
+/* Says what is wrong with which field; returns -1 for the caller to return. */
+#define conf_wrong(why, ...) (buf_add_format(why, __VA_ARGS__), -1)
+
+/* Text without NUL, as it becomes paths and environment. */
+static int conf_str(struct mp_in *in, const char *field, char **out, struct buf *why)
+{
+    struct span s;
+
+    if (!mp_read_bytes(in, MP_STR, &s))
+        return conf_wrong(why, "%s: expected a string", field);
+    if (memchr(s.p, 0, s.n))
+        return conf_wrong(why, "%s: holds a NUL byte", field);
+    if (!utf8_ok(s))
+        return conf_wrong(why, "%s: not UTF-8", field);
+    *out = span_dup(s);
+    return *out ? 0 : conf_wrong(why, "%s: no memory", field);
+}
+
+static int conf_bin(struct mp_in *in, const char *field, struct span *out, struct buf *why)
+{
+    if (mp_read_bytes(in, MP_BIN, out) || mp_read_bytes(in, MP_STR, out))
+        return 0;
+    return conf_wrong(why, "%s: expected bytes", field);
+}
+
+/* A list of at most CONF_LIST_MAX strings. */
+static int conf_strs(struct mp_in *in, const char *field, char ***out, size_t *len, struct buf *why)
+{
+    char name[64];
+    uint64_t count;
+
+    if (!mp_read_count(in, MP_ARRAY, &count))
+        return conf_wrong(why, "%s: expected a list", field);
+    if (count > CONF_LIST_MAX)
+        return conf_wrong(why, "%s: %" PRIu64 " entries, at most %d", field, count, CONF_LIST_MAX);
+    if (!(*out = calloc((size_t)count + 1, sizeof(char *))))
+        return conf_wrong(why, "%s: no memory", field);
+    for (*len = 0; *len < count; ++*len) {
+        snprintf(name, sizeof name, "%s[%zu]", field, *len);
+        if (conf_str(in, name, &(*out)[*len], why) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+static int conf_variables(struct mp_in *in, struct conf *c, struct buf *why)
+{
+    uint64_t count;
+
+    if (!mp_read_count(in, MP_MAP, &count))
+        return conf_wrong(why, "variables: expected a map");
+    if (count > (uint64_t)limits.variables)
+        return conf_wrong(why, "variables: %" PRIu64 " of them, at most %" PRId64, count,
+                          limits.variables);
+    if (!(c->variables = calloc((size_t)count + 1, sizeof *c->variables)))
+        return conf_wrong(why, "variables: no memory");
+    for (uint64_t i = 0; i < count; i++) {
+        struct conf_pair *v = &c->variables[c->variables_len++];
+        char field[128];
+        if (conf_str(in, "variables: a name", &v->name, why) < 0)
+            return -1;
+        if (v->name[0] == '\0' || strchr(v->name, '='))
+            return conf_wrong(why, "variables: the name \"%.64s\" is empty or holds '='", v->name);
+        snprintf(field, sizeof field, "variables: %.64s", v->name);
+        if (conf_str(in, field, &v->value, why) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+static int conf_volume(struct mp_in *in, size_t at, struct conf_volume *v, struct buf *why)
+{
+    uint64_t pairs;
+    char field[64];
+    struct span key;
+
+    snprintf(field, sizeof field, "volumes[%zu]", at);
+    if (!mp_read_count(in, MP_MAP, &pairs))
+        return conf_wrong(why, "%s: expected a map", field);
+    v->read_only = true;
+    while (pairs-- > 0) {
+        if (!mp_read_bytes(in, MP_STR, &key))
+            return conf_wrong(why, "%s: a key is not a string", field);
+        snprintf(field, sizeof field, "volumes[%zu].%.16s", at, span_eq(key, "mount") ? "mount"
+                 : span_eq(key, "device") ? "device" : "read_only");
+        int rc = 0;
+        if (span_eq(key, "mount") && !v->mount)
+            rc = conf_str(in, field, &v->mount, why);
+        else if (span_eq(key, "device") && !v->device)
+            rc = conf_str(in, field, &v->device, why);
+        else if (span_eq(key, "read_only"))
+            rc = mp_read_bool(in, &v->read_only) ? 0 : conf_wrong(why, "%s: expected a bool", field);
+        else if (!mp_skip(in))
+            rc = conf_wrong(why, "%s: malformed", field);
+        if (rc < 0)
+            return -1;
+    }
+    if (!v->mount || !v->device)
+        return conf_wrong(why, "volumes[%zu]: needs mount and device", at);
+    return 0;
+}
+
+static int conf_volumes(struct mp_in *in, struct conf *c, struct buf *why)
+{
+    uint64_t count;
+
+    if (!mp_read_count(in, MP_ARRAY, &count))
+        return conf_wrong(why, "volumes: expected a list");
+    if (count > CONF_LIST_MAX)
+        return conf_wrong(why, "volumes: %" PRIu64 " of them, at most %d", count, CONF_LIST_MAX);
+    if (!(c->volumes = calloc((size_t)count + 1, sizeof *c->volumes)))
+        return conf_wrong(why, "volumes: no memory");
+    while (c->volumes_len < count) {
+        size_t at = c->volumes_len++;
+        if (conf_volume(in, at, &c->volumes[at], why) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+enum conf_kind { CONF_STR, CONF_BIN, CONF_DNS, CONF_KEYS, CONF_VARIABLES, CONF_VOLUMES };
+
+static const struct conf_key {
+    const char    *name;
+    enum conf_kind kind;
+    size_t         offset;          /* of a char * or a span */
+} conf_keys[] = {
+    { "input_data",      CONF_BIN,       offsetof(struct conf, input_data) },
+    { "interface",       CONF_STR,       offsetof(struct conf, interface_name) },
+    { "vm_hash",         CONF_STR,       offsetof(struct conf, vm_hash) },
+    { "encoding",        CONF_STR,       offsetof(struct conf, encoding_name) },
+    { "entrypoint",      CONF_STR,       offsetof(struct conf, entrypoint) },
+    { "code",            CONF_BIN,       offsetof(struct conf, code) },
+    { "ip",              CONF_STR,       offsetof(struct conf, ip) },
+    { "route",           CONF_STR,       offsetof(struct conf, route) },
+    { "dns_servers",     CONF_DNS,       0 },
+    { "volumes",         CONF_VOLUMES,   0 },
+    { "variables",       CONF_VARIABLES, 0 },
+    { "ipv6",            CONF_STR,       offsetof(struct conf, ipv6) },
+    { "ipv6_gateway",    CONF_STR,       offsetof(struct conf, ipv6_gateway) },
+    { "authorized_keys", CONF_KEYS,      0 },
+};
+
+static int conf_value(struct mp_in *in, struct conf *c, const struct conf_key *key, struct buf *why)
+{
+    void *field = (char *)c + key->offset;
+
+    if (mp_read_nil(in))
+        return 0;
+    switch (key->kind) {
+    case CONF_STR:
+        return conf_str(in, key->name, field, why);
+    case CONF_BIN:
+        return conf_bin(in, key->name, field, why);
+    case CONF_DNS:
+        return conf_strs(in, key->name, &c->dns_servers, &c->dns_servers_len, why);
+    case CONF_KEYS:
+        return conf_strs(in, key->name, &c->authorized_keys, &c->authorized_keys_len, why);
+    case CONF_VARIABLES:
+        return conf_variables(in, c, why);
+    case CONF_VOLUMES:
+        return conf_volumes(in, c, why);
+    }
+    return -1;
+}
+
+/* "ADDRESS" or "ADDRESS/PREFIX" of the family; the prefix only where `prefix` says so. */
+static bool conf_address_ok(const char *text, int family, bool prefix)
+{
+    char address[INET6_ADDRSTRLEN];
+    unsigned char bytes[sizeof(struct in6_addr)];
+    const char *slash = strchr(text, '/');
+    size_t n = slash ? (size_t)(slash - text) : strlen(text);
+    int64_t bits;
+
+    if (n >= sizeof address || (slash && !prefix))
+        return false;
+    memcpy(address, text, n);
+    address[n] = '\0';
+    if (inet_pton(family, address, bytes) != 1)
+        return false;
+    return !slash || number_read(span_of(slash + 1), 0, family == AF_INET ? 32 : 128, &bits);
+}
+
+static int conf_check_network(const struct conf *c, struct buf *why)
+{
+    if (c->ip && !conf_address_ok(c->ip, AF_INET, true))
+        return conf_wrong(why, "ip: \"%.64s\" is no IPv4 address with or without /0../32", c->ip);
+    if (c->route && !conf_address_ok(c->route, AF_INET, false))
+        return conf_wrong(why, "route: \"%.64s\" is no IPv4 address", c->route);
+    if (c->ipv6 && !conf_address_ok(c->ipv6, AF_INET6, true))
+        return conf_wrong(why, "ipv6: \"%.64s\" is no IPv6 address with or without /0../128", c->ipv6);
+    if (c->ipv6_gateway && !conf_address_ok(c->ipv6_gateway, AF_INET6, false))
+        return conf_wrong(why, "ipv6_gateway: \"%.64s\" is no IPv6 address", c->ipv6_gateway);
+    for (size_t i = 0; i < c->dns_servers_len; i++)
+        if (!conf_address_ok(c->dns_servers[i], AF_INET, false)
+            && !conf_address_ok(c->dns_servers[i], AF_INET6, false))
+            return conf_wrong(why, "dns_servers[%zu]: \"%.64s\" is no address", i, c->dns_servers[i]);
+    return 0;
+}
+
+/* module.path:attribute; plain code may leave the module out, as it is its own. */
+static int conf_check_entrypoint(const struct conf *c, struct buf *why)
+{
+    const char *e = c->entrypoint, *colon = strchr(e, ':');
+    size_t n = strlen(e);
+
+    if (n == 0 || n > 512)
+        return conf_wrong(why, "entrypoint: %zu bytes, expected 1 to 512", n);
+    if (!colon && c->encoding == ENCODING_PLAIN)
+        return 0;
+    if (!colon || colon == e || colon[1] == '\0' || strchr(colon + 1, ':'))
+        return conf_wrong(why, "entrypoint: \"%.128s\" is not module:attribute", e);
+    return 0;
+}
+
+/* The one check that every configuration passes, wherever it was read from. */
+static int conf_check(struct conf *c, struct buf *why)
+{
+    if (!c->entrypoint)
+        return conf_wrong(why, "entrypoint: missing");
+    if (!c->encoding_name)
+        return conf_wrong(why, "encoding: missing");
+    c->encoding = strcmp(c->encoding_name, "plain") == 0 ? ENCODING_PLAIN
+                : strcmp(c->encoding_name, "zip") == 0 ? ENCODING_ZIP
+                : strcmp(c->encoding_name, "squashfs") == 0 ? ENCODING_SQUASHFS : ENCODING_NONE;
+    if (c->encoding == ENCODING_NONE)
+        return conf_wrong(why, "encoding: \"%.32s\" is not plain, zip or squashfs", c->encoding_name);
+    if (c->interface_name && strcmp(c->interface_name, "asgi") != 0) {
+        c->interface = INTERFACE_EXECUTABLE;
+        if (strcmp(c->interface_name, "executable") != 0)
+            return conf_wrong(why, "interface: \"%.32s\" is not asgi or executable", c->interface_name);
+    }
+    if (c->vm_hash && (strlen(c->vm_hash) > 78
+        || base32_of_hex(c->hostname, sizeof c->hostname, span_of(c->vm_hash)) < 0))
+        return conf_wrong(why, "vm_hash: expected an even number of hex digits, at most 78");
+    if (c->encoding != ENCODING_SQUASHFS && !c->code.p)
+        return conf_wrong(why, "code: missing");
+    if (c->encoding == ENCODING_PLAIN && (!utf8_ok(c->code) || memchr(c->code.p, 0, c->code.n)))
+        return conf_wrong(why, "code: not UTF-8 text");
+    if (conf_check_entrypoint(c, why) < 0 || conf_check_network(c, why) < 0)
+        return -1;
+    if (c->interface != INTERFACE_ASGI)
+        return conf_wrong(why, "interface: executables are not served by agent " AGENT_VERSION);
+    if (c->encoding == ENCODING_SQUASHFS)
+        return conf_wrong(why, "encoding: squashfs is not served by agent " AGENT_VERSION);
+    if (c->volumes_len > 0)
+        return conf_wrong(why, "volumes: not served by agent " AGENT_VERSION);
+    return 0;
+}
+
+/* Takes c->raw apart. 0, or -1 and why. Unknown keys are logged and ignored. */
+static int conf_read_msgpack(struct conf *c, struct buf *why)
+{
+    struct mp_in in = { buf_at(&c->raw), c->raw.len };
+    uint32_t seen = 0;
+    uint64_t pairs;
+    struct span name;
+
+    if (!mp_read_count(&in, MP_MAP, &pairs))
+        return conf_wrong(why, "expected a map");
+    while (pairs-- > 0) {
+        size_t i = 0;
+        if (!mp_read_bytes(&in, MP_STR, &name))
+            return conf_wrong(why, "a key is not a string");
+        while (i < COUNT(conf_keys) && !span_eq(name, conf_keys[i].name))
+            i++;
+        if (i == COUNT(conf_keys)) {
+            log_info("configuration: unknown key \"%.*s\" ignored",
+                     (int)(name.n < 64 ? name.n : 64), name.p);
+            if (!mp_skip(&in))
+                return conf_wrong(why, "malformed msgpack");
+            continue;
+        }
+        if (seen & 1u << i)
+            return conf_wrong(why, "%s: stands twice", conf_keys[i].name);
+        seen |= 1u << i;
+        if (conf_value(&in, c, &conf_keys[i], why) < 0)
+            return -1;
+    }
+    if (in.n > 0)
+        return conf_wrong(why, "%zu bytes after the map", in.n);
+    return conf_check(c, why);
+}
+
+/* What a program needs to be started again and again: all but the bulk. 0, or -1: no memory. */
+static int conf_copy_program(struct conf *to, const struct conf *from)
+{
+    *to = (struct conf){ .interface = from->interface, .encoding = from->encoding };
+    memcpy(to->hostname, from->hostname, sizeof to->hostname);
+    to->entrypoint = span_dup(span_of(from->entrypoint));
+    to->variables = calloc(from->variables_len + 1, sizeof *to->variables);
+    if (!to->entrypoint || !to->variables)
+        goto failed;
+    for (size_t i = 0; i < from->variables_len; i++) {
+        struct conf_pair *v = &to->variables[to->variables_len++];
+        v->name = span_dup(span_of(from->variables[i].name));
+        v->value = span_dup(span_of(from->variables[i].value));
+        if (!v->name || !v->value)
+            goto failed;
+    }
+    if (from->encoding == ENCODING_PLAIN) {
+        if (buf_add_span(&to->raw, from->code) < 0)
+            goto failed;
+        to->code = buf_span(&to->raw);
+    }
+    return 0;
+failed:
+    conf_fini(to);
+    return -1;
+}
+
+/* ==== boot: what PID 1 does before it can serve ==================================
+ * Every stage is timed and named. A stage that fails is logged and boot goes on as far as
+ * it can: a guest that answers "this failed" is worth more than one that panics. */
+struct boot_stage { const char *name; int64_t kernel_us; };
+
+struct boot {
+    int64_t           start_us;     /* since the kernel started, when main began */
+    struct boot_stage stages[32];   /* each with the time when it was done */
+    size_t            stages_len;
+    bool              printed;
+};
+
+static void boot_stage(struct boot *b, const char *name)
+{
+    if (b->stages_len < COUNT(b->stages))
+        b->stages[b->stages_len++] = (struct boot_stage){ name, kernel_us() };
+}
+
+/* The timeline in one block: milliseconds since the kernel started, since init started,
+ * and of the stage itself. Kept in b for whoever asks later. */
+static void boot_print(struct boot *b)
+{
+    int64_t before = b->start_us;
+
+    if (b->printed)
+        return;
+    b->printed = true;
+    log_debug("boot:    kernel      init     stage  (ms)");
+    for (size_t i = 0; i < b->stages_len; i++) {
+        const struct boot_stage *s = &b->stages[i];
+        log_debug("boot: %9.1f %9.1f %9.1f  %s", (double)s->kernel_us / 1e3,
+                  (double)(s->kernel_us - b->start_us) / 1e3,
+                  (double)(s->kernel_us - before) / 1e3, s->name);
+        before = s->kernel_us;
+    }
+}
+
+struct boot_mount { const char *source, *target, *type; unsigned long flags; const char *data; };
+
+/* Before ready: what modules, the console and the overlay need. */
+static const struct boot_mount boot_mounts_early[] = {
+    { "proc",     "/proc",     "proc",     MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL },
+    { "devtmpfs", "/dev",      "devtmpfs", MS_NOSUID,                        "mode=0755" },
+};
+
+/* After ready: what programs expect. */
+static const struct boot_mount boot_mounts_late[] = {
+    { "sysfs",    "/sys",      "sysfs",    MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL },
+    { "tmpfs",    "/run",      "tmpfs",    MS_NOSUID | MS_NODEV,             "mode=0755" },
+    { "devpts",   "/dev/pts",  "devpts",   MS_NOSUID | MS_NOEXEC,            "gid=5,mode=0620,ptmxmode=0666" },
+    { "tmpfs",    "/dev/shm",  "tmpfs",    MS_NOSUID | MS_NODEV,             "mode=1777" },
+};
+
+/* The folder is made where it lacks and can be; EBUSY means that it is mounted already. */
+static int boot_mount(const struct boot_mount *m)
+{
+    if (mkdir(m->target, 0755) < 0 && errno != EEXIST && errno != EROFS)
+        return log_errno("mkdir %s", m->target);
+    if (mount(m->source, m->target, m->type, m->flags, m->data) < 0 && errno != EBUSY)
+        return log_errno("mount %s on %s", m->type, m->target);
+    return 0;
+}
+
+static bool boot_path_is_mounted(const char *path)
+{
+    char parent[PATH_MAX];
+    struct stat here, above;
+
+    snprintf(parent, sizeof parent, "%s/..", path);
+    return stat(path, &here) == 0 && stat(parent, &above) == 0 && here.st_dev != above.st_dev;
+}
+
+/* ---- kernel modules (init_module(2), modprobe.d's modules.dep) ---- */
+
+/* The name of a module file, '-' as '_', without folder and suffix: "a/b-c.ko.xz" is b_c. */
+static void module_name(char *out, size_t size, struct span path)
+{
+    size_t len = 0;
+
+    for (size_t i = path.n; i-- > 0;)
+        if (path.p[i] == '/') {
+            path.p += i + 1;
+            path.n -= i + 1;
+            break;
+        }
+    while (len < path.n && len < size - 1 && path.p[len] != '.') {
+        out[len] = path.p[len] == '-' ? '_' : path.p[len];
+        len++;
+    }
+    out[len] = '\0';
+}
+
+static int module_insert(const char *folder, struct span file)
+{
+    char path[PATH_MAX];
+    bool packed = file.n < 3 || memcmp(file.p + file.n - 3, ".ko", 3) != 0;
+    int rc = -1;
+
+    snprintf(path, sizeof path, "%s/%.*s", folder, (int)file.n, file.p);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return log_errno("module %s", path);
+    /* MODULE_INIT_COMPRESSED_FILE is 4 */
+    rc = (int)syscall(SYS_finit_module, fd, "", packed ? 4 : 0);
+    if (rc < 0 && errno != EEXIST)
+        log_errno("module %s", path);
+    else
+        rc = 0;
+    fd_close(&fd);
+    return rc;
+}
+
+/* Loads a module and, before it, what its line in modules.dep names, last first. */
+static int module_load(struct span dep, const char *folder, const char *name)
+{
+    while (dep.n > 0) {
+        const char *end = memchr(dep.p, '\n', dep.n);
+        struct span line = { dep.p, end ? (size_t)(end - dep.p) : dep.n };
+        const char *colon = memchr(line.p, ':', line.n);
+        char found[64];
+
+        dep.p += line.n + (end ? 1 : 0);
+        dep.n -= line.n + (end ? 1 : 0);
+        if (!colon)
+            continue;
+        struct span file = { line.p, (size_t)(colon - line.p) };
+        module_name(found, sizeof found, file);
+        if (strcmp(found, name) != 0)
+            continue;
+        for (size_t i = line.n, stop = line.n; i > file.n; i--) {
+            if (line.p[i - 1] != ' ')
+                continue;
+            if (stop > i)
+                module_insert(folder, (struct span){ line.p + i, stop - i });
+            stop = i - 1;
+        }
+        return module_insert(folder, file);
+    }
+    errno = ENOENT;
+    return -1;
+}
+
+/* Loads the named modules, in order; those that the kernel's folder lacks are built in or
+ * not to be had, which whoever needs them will notice. */
+static void boot_modules(const char *const *names)
+{
+    char folder[128], path[160];
+    struct utsname kernel;
+    struct buf dep = { 0 };
+
+    uname(&kernel);
+    snprintf(folder, sizeof folder, "/lib/modules/%.64s", kernel.release);
+    snprintf(path, sizeof path, "%s/modules.dep", folder);
+    if (file_load(path, &dep, 8 << 20) < 0)
+        log_debug("no modules: %s: %s", path, strerror(errno));
+    else
+        for (; *names; names++)
+            if (module_load(buf_span(&dep), folder, *names) < 0)
+                log_debug("module %s: %s", *names, strerror(errno));
+    buf_fini(&dep);
+}
+
+/* Whether a transport to the host is there: its driver knows our own address (vsock(7)). */
+static bool boot_has_vsock(void)
+{
+    unsigned cid = VMADDR_CID_ANY;
+    int fd = open("/dev/vsock", O_RDONLY | O_CLOEXEC);
+
+    if (fd < 0)
+        return false;
+    bool ok = ioctl(fd, IOCTL_VM_SOCKETS_GET_LOCAL_CID, &cid) == 0 && cid != VMADDR_CID_ANY;
+    fd_close(&fd);
+    return ok;
+}
+
+/* ---- root ---- */
+
+static bool kernel_has(const char *file_system)
+{
+    struct buf list = { 0 };
+    char line[64];
+    bool has = false;
+
+    snprintf(line, sizeof line, "\t%s\n", file_system);
+    if (file_load("/proc/filesystems", &list, 64 << 10) == 0)
+        has = strstr(buf_text(&list), line) != NULL;
+    buf_fini(&list);
+    return has;
+}
+
+/* A read-only root gets a tmpfs over it; the old one stays at /rom (pivot_root(2)). The
+ * tmpfs needs a folder to sit on until then, which must exist already. */
+static int boot_overlay(void)
+{
+    static const char *const seats[] = { "/run", "/mnt", "/tmp", "/var", NULL };
+    static const char *const overlay[] = { "overlay", NULL };
+    char size[64], data[256], root[64], path[128];
+    struct statvfs fs;
+    struct stat st;
+    size_t i = 0;
+
+    if (statvfs("/", &fs) < 0 || !(fs.f_flag & ST_RDONLY))
+        return 0;
+    if (!kernel_has("overlay"))
+        boot_modules(overlay);
+    while (seats[i] && (stat(seats[i], &st) < 0 || !S_ISDIR(st.st_mode)))
+        i++;
+    if (!seats[i]) {
+        errno = ENOENT;
+        return log_errno("overlay: no folder /run, /mnt, /tmp or /var to mount on");
+    }
+    snprintf(size, sizeof size, "mode=0755,size=%" PRId64 "%%", limits.overlay_percent);
+    if (mount("overlay", seats[i], "tmpfs", MS_NOATIME, size) < 0)
+        return log_errno("overlay: tmpfs on %s", seats[i]);
+    for (const char *const *name = (const char *const[]){ "upper", "work", "root", NULL }; *name; name++) {
+        snprintf(path, sizeof path, "%s/%s", seats[i], *name);
+        if (mkdir(path, 0755) < 0)
+            return log_errno("overlay: mkdir %s", path);
+    }
+    snprintf(root, sizeof root, "%s/root", seats[i]);
+    snprintf(data, sizeof data, "lowerdir=/,upperdir=%s/upper,workdir=%s/work", seats[i], seats[i]);
+    if (mount("overlay", root, "overlay", MS_NOATIME, data) < 0) {
+        log_errno("overlay: mount on %s", root);
+        umount2(seats[i], MNT_DETACH);
+        return -1;
+    }
+    for (const char *const *move = (const char *const[]){ "/proc", "/dev", "/sys", NULL }; *move; move++) {
+        snprintf(path, sizeof path, "%s%s", root, *move);
+        if (boot_path_is_mounted(*move) && mount(*move, path, NULL, MS_MOVE, NULL) < 0)
+            log_errno("overlay: move %s", *move);
+    }
+    snprintf(path, sizeof path, "%s" PATH_OLD_ROOT, root);
+    if (mkdir(path, 0755) < 0 && errno != EEXIST)
+        return log_errno("overlay: mkdir %s", path);
+    if (syscall(SYS_pivot_root, root, path) < 0 || chdir("/") < 0)
+        return log_errno("overlay: pivot_root");
+    return 0;
+}
+
+/* ---- cgroups: version 2, or the old hierarchy where the kernel has no other ---- */
+
+static int cgroup_mount_v1(void)
+{
+    static const struct boot_mount base = { "tmpfs", PATH_CGROUP, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755" };
+    struct buf list = { 0 };
+    char *line, *rest;
+
+    if (boot_mount(&base) < 0 || file_load("/proc/cgroups", &list, 64 << 10) < 0) {
+        buf_fini(&list);
+        return -1;
+    }
+    buf_text(&list);
+    for (line = strtok_r(list.data + list.start, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest)) {
+        char name[32], path[96];
+        int enabled;
+        if (sscanf(line, "%31s %*d %*d %d", name, &enabled) != 2 || !enabled)
+            continue;
+        snprintf(path, sizeof path, PATH_CGROUP "/%s", name);
+        boot_mount(&(struct boot_mount){ "cgroup", path, "cgroup", MS_NOSUID | MS_NODEV, name });
+    }
+    buf_fini(&list);
+    return 0;
+}
+
+static int cgroup_mount(void)
+{
+    static const struct boot_mount v2 = {
+        "cgroup2", PATH_CGROUP, "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL };
+
+    if (!kernel_has("cgroup2"))
+        return cgroup_mount_v1();
+    if (boot_mount(&v2) < 0)
+        return -1;
+    if (mkdir(PATH_CGROUP "/program", 0755) < 0 && errno != EEXIST)
+        return log_errno("mkdir " PATH_CGROUP "/program");
+    for (const char *const *name = (const char *const[]){ "+memory", "+pids", "+cpu", NULL }; *name; name++)
+        if (file_set(PATH_CGROUP "/cgroup.subtree_control", *name) < 0)
+            log_debug("cgroup %s: %s", *name, strerror(errno));
+    return 0;
+}
+
+/* What protects PID 1 from its tenant, and from being chosen when memory ends. */
+static void boot_protect(void)
+{
+    struct rlimit files = { (rlim_t)limits.conns + 1024, (rlim_t)limits.conns + 1024 };
+
+    prctl(PR_SET_DUMPABLE, 0);
+    if (file_set("/proc/self/oom_score_adj", "-1000") < 0)
+        log_debug("oom_score_adj: %s", strerror(errno));
+    if (setrlimit(RLIMIT_NOFILE, &files) < 0)
+        log_debug("RLIMIT_NOFILE: %s", strerror(errno));
+}
+
+/* Descriptors 0 to 2 are open, whatever the kernel gave us: none of our own may land there,
+ * as children inherit them. The console is opened again, without blocking. */
+static void boot_console(void)
+{
+    int fd;
+
+    do
+        fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+    while (fd >= 0 && fd <= 2);
+    fd_close(&fd);
+    fd = open("/dev/console", O_WRONLY | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+    if (fd >= 0)
+        agent_log.fd = fd;
+}
+
+/* ==== net: netlink (rtnetlink(7)), no external program =========================== */
+struct net_message {
+    struct nlmsghdr head;
+    char            body[256];
+};
+
+static void net_start(struct net_message *m, uint16_t type, uint16_t flags, const void *body, size_t n)
+{
+    *m = (struct net_message){ .head = {
+        .nlmsg_len = NLMSG_LENGTH((uint32_t)n), .nlmsg_type = type,
+        .nlmsg_flags = (uint16_t)(NLM_F_REQUEST | NLM_F_ACK | flags) } };
+    memcpy(NLMSG_DATA(&m->head), body, n);
+}
+
+static void net_attr(struct net_message *m, uint16_t type, const void *value, size_t n)
+{
+    struct rtattr *a = (void *)((char *)m + NLMSG_ALIGN(m->head.nlmsg_len));
+
+    a->rta_type = type;
+    a->rta_len = (uint16_t)RTA_LENGTH(n);
+    memcpy(RTA_DATA(a), value, n);
+    m->head.nlmsg_len = NLMSG_ALIGN(m->head.nlmsg_len) + RTA_ALIGN((uint32_t)a->rta_len);
+}
+
+/* Sends one request and reads the kernel's answer, which comes at once. 0, or -1 and errno. */
+static int net_call(int fd, struct net_message *m)
+{
+    struct { struct nlmsghdr head; struct nlmsgerr error; char rest[512]; } answer;
+
+    if (send(fd, m, m->head.nlmsg_len, 0) < 0 || recv(fd, &answer, sizeof answer, 0) < 0)
+        return -1;
+    if (answer.head.nlmsg_type != NLMSG_ERROR) {
+        errno = EPROTO;
+        return -1;
+    }
+    errno = -answer.error.error;
+    return errno ? -1 : 0;
+}
+
+/* Returns the interface's index, 0 if there is none. */
+static unsigned net_index(const char *name)
+{
+    char path[64], text[16] = "";
+
+    snprintf(path, sizeof path, "/sys/class/net/%s/ifindex", name);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return 0;
+    ssize_t n = read(fd, text, sizeof text - 1);
+    fd_close(&fd);
+    return n > 0 ? (unsigned)strtoul(text, NULL, 10) : 0;
+}
+
+static int net_link_up(int fd, unsigned index)
+{
+    struct net_message m;
+    struct ifinfomsg link = { .ifi_index = (int)index, .ifi_flags = IFF_UP, .ifi_change = IFF_UP };
+
+    net_start(&m, RTM_NEWLINK, 0, &link, sizeof link);
+    return net_call(fd, &m);
+}
+
+/* "ADDRESS" or "ADDRESS/PREFIX", checked before. */
+static size_t net_parse(const char *text, int family, unsigned char *bytes, unsigned char *prefix)
+{
+    char address[INET6_ADDRSTRLEN];
+    const char *slash = strchr(text, '/');
+
+    snprintf(address, sizeof address, "%.*s", slash ? (int)(slash - text) : INT_MAX, text);
+    inet_pton(family, address, bytes);
+    if (slash)
+        *prefix = (unsigned char)atoi(slash + 1);
+    return family == AF_INET ? 4 : 16;
+}
+
+static int net_add_address(int fd, unsigned index, int family, const char *text)
+{
+    struct net_message m;
+    unsigned char bytes[16];
+    /* no duplicate-address detection: the host gives addresses out, and waiting costs a second */
+    struct ifaddrmsg a = { .ifa_family = (unsigned char)family, .ifa_index = index,
+        .ifa_prefixlen = family == AF_INET ? 24 : 128, .ifa_flags = IFA_F_NODAD };
+    size_t n = net_parse(text, family, bytes, &a.ifa_prefixlen);
+
+    net_start(&m, RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, &a, sizeof a);
+    net_attr(&m, IFA_LOCAL, bytes, n);
+    net_attr(&m, IFA_ADDRESS, bytes, n);
+    return net_call(fd, &m);
+}
+
+static int net_add_route(int fd, unsigned index, int family, const char *gateway)
+{
+    struct net_message m;
+    unsigned char bytes[16], ignored;
+    struct rtmsg r = { .rtm_family = (unsigned char)family, .rtm_table = RT_TABLE_MAIN,
+        .rtm_protocol = RTPROT_STATIC, .rtm_scope = RT_SCOPE_UNIVERSE, .rtm_type = RTN_UNICAST,
+        .rtm_flags = RTNH_F_ONLINK };   /* a gateway may lie outside of the prefix */
+    size_t n = net_parse(gateway, family, bytes, &ignored);
+
+    net_start(&m, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &r, sizeof r);
+    net_attr(&m, RTA_GATEWAY, bytes, n);
+    net_attr(&m, RTA_OIF, &index, sizeof index);
+    return net_call(fd, &m);
+}
+
+static int net_open(void)
+{
+    return socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
+}
+
+static int net_loopback(void)
+{
+    int fd = net_open();
+    int rc = fd < 0 ? -1 : net_link_up(fd, 1);      /* lo is always the first */
+
+    if (rc < 0)
+        log_errno("loopback");
+    fd_close(&fd);
+    return rc;
+}
+
+/* resolv.conf(5): the first of each, limits.dns_servers of them. Replaced as a whole, also
+ * where it is a link that leads nowhere. */
+static int net_resolver(const struct conf *c)
+{
+    struct buf text = { 0 };
+    int64_t kept = 0;
+
+    for (size_t i = 0; i < c->dns_servers_len && kept < limits.dns_servers; i++) {
+        size_t same = 0;
+        while (same < i && strcmp(c->dns_servers[same], c->dns_servers[i]) != 0)
+            same++;
+        if (same < i)
+            continue;
+        buf_add_format(&text, "nameserver %s\n", c->dns_servers[i]);
+        kept++;
+    }
+    int rc = kept == 0 ? 0
+           : file_write("/etc/resolv.conf.agent", buf_at(&text), text.len, 0644) < 0
+             || rename("/etc/resolv.conf.agent", "/etc/resolv.conf") < 0 ? -1 : 0;
+    buf_fini(&text);
+    return rc;
+}
+
+/* Addresses, routes and name servers on eth0; a machine without a NIC is fine. */
+static int net_apply(const struct conf *c, struct buf *why)
+{
+    unsigned index = net_index("eth0");
+    const char *step = "interface";
+    int fd = -1, rc = -1;
+
+    if (net_resolver(c) < 0) {
+        buf_add_format(why, "dns_servers: /etc/resolv.conf: %s", strerror(errno));
+        return -1;
+    }
+    if (index == 0 || (!c->ip && !c->ipv6))
+        return 0;
+    if ((fd = net_open()) < 0 || net_link_up(fd, index) < 0)
+        goto done;
+    step = "ip";
+    if (c->ip && net_add_address(fd, index, AF_INET, c->ip) < 0)
+        goto done;
+    step = "route";
+    if (c->ip && c->route && net_add_route(fd, index, AF_INET, c->route) < 0)
+        goto done;
+    step = "ipv6";
+    if (c->ipv6 && net_add_address(fd, index, AF_INET6, c->ipv6) < 0)
+        goto done;
+    step = "ipv6_gateway";
+    if (c->ipv6 && c->ipv6_gateway && net_add_route(fd, index, AF_INET6, c->ipv6_gateway) < 0)
+        goto done;
+    rc = 0;
+done:
+    if (rc < 0)
+        buf_add_format(why, "network: %s: %s", step, strerror(errno));
+    fd_close(&fd);
+    return rc;
+}
+
+/* ==== vol: archives, in and out ==================================================
+ * Reading takes two passes over an archive in memory: the first believes nothing, unpacks
+ * to nowhere and writes nothing; the second writes. What a reader could understand in two
+ * ways is refused, as whoever checked the archive before us may have read it the other way.
+ * minizip walks the directory; it tolerates junk, overlaps and contradictions, so the
+ * places it names are read again here (APPNOTE.TXT 6.3 of PKWARE, section 4.3).
+ *
+ * All this runs in a child process: it blocks and takes memory by the archive's size. */
+#define ZIP_LOCAL_BYTES     30          /* local header, without name and extra field */
+#define ZIP_CENTRAL_BYTES   46          /* the same in the directory */
+#define ZIP_END_BYTES       22          /* end record, without the comment */
+#define ZIP_END64_BYTES     56          /* zip64 end record */
+#define ZIP_LOCATOR_BYTES   20          /* where that stands; right before the end record */
+#define ZIP_FREE_BYTES      (16 << 20)  /* unpacked without a look at the ratio */
+#define ZIP_DESCRIPTOR      0x0008      /* flag: sizes follow the data (4.4.4) */
+#define ZIP_ENCRYPTED       0x2041      /* flags: encrypted in any way */
+#define ZIP_PATCH           0x0020      /* flag: a difference to another file */
+#define ZIP_DOS_1980        0x00210000  /* the first day that its dates know */
+
+enum zip_kind { ZIP_FILE, ZIP_FOLDER, ZIP_LINK };
+
+struct zip_entry {
+    struct span   name;             /* in the archive; no "./" before, no '/' behind it */
+    struct span   data;             /* in the archive, as packed */
+    size_t        at, end;          /* from the local header to behind data and descriptor */
+    size_t        order;            /* place in the directory */
+    uint64_t      size;             /* unpacked */
+    uint32_t      crc;
+    mode_t        mode;             /* permission bits */
+    time_t        mtime;
+    enum zip_kind kind;
+    bool          deflated;
+    bool          replaced;         /* a later entry has the same name */
+};
+
+struct zip {
+    struct span       archive;
+    struct zip_entry *entries;      /* owned; in the end sorted by zip_by_name */
+    size_t            len;
+    size_t            start, end;   /* of the directory */
+    z_stream          stream;
+};
+
+#define zip_wrong(why, name, ...) (zip_blame(why, name), buf_add_format(why, __VA_ARGS__), -1)
+
+static void zip_blame(struct buf *why, struct span name)
+{
+    buf_add_format(why, "archive: \"%.*s\"%s ", (int)(name.n < 200 ? name.n : 200), name.p,
+                   name.n < 200 ? "" : "...");
+}
+
+static uint64_t little_endian(const char *p, size_t n)
+{
+    uint64_t v = 0;
+    while (n-- > 0)
+        v = v << 8 | (unsigned char)p[n];
+    return v;
+}
+
+/* Takes the part before the next `c`, or all of it; p is NULL when nothing is left. */
+static struct span span_part(struct span *s, char c)
+{
+    const char *end = s->n > 0 ? memchr(s->p, c, s->n) : NULL;
+    struct span part = { s->p, end ? (size_t)(end - s->p) : s->n };
+
+    *s = end ? (struct span){ end + 1, s->n - part.n - 1 } : (struct span){ NULL, 0 };
+    return part;
+}
+
+/* minizip over memory: reads `in`, or writes `out` of at most `most` bytes. */
+struct zip_mem {
+    struct span in;
+    struct buf *out;                /* borrowed; NULL when reading */
+    size_t      pos, most;
+};
+
+static size_t zip_mem_size(const struct zip_mem *m)
+{
+    return m->out ? m->out->len : m->in.n;
+}
+
+static voidpf zip_mem_open(voidpf mem, const void *name, int mode)
+{
+    (void)name;
+    (void)mode;
+    return mem;
+}
+
+static uLong zip_mem_read(voidpf opaque, voidpf mem, void *to, uLong n)
+{
+    struct zip_mem *m = mem;
+    struct span in = m->out ? buf_span(m->out) : m->in;
+
+    (void)opaque;
+    if (n > in.n - m->pos)
+        n = in.n - m->pos;
+    if (n > 0)
+        memcpy(to, in.p + m->pos, n);
+    m->pos += n;
+    return n;
+}
+
+static uLong zip_mem_write(voidpf opaque, voidpf mem, const void *from, uLong n)
+{
+    struct zip_mem *m = mem;
+    size_t inside = m->out->len - m->pos < n ? m->out->len - m->pos : n;
+
+    (void)opaque;
+    if (n > m->most - m->pos)
+        return 0;
+    if (inside > 0)                 /* a header is completed once the sizes are known */
+        memcpy(m->out->data + m->out->start + m->pos, from, inside);
+    if (buf_add(m->out, (const char *)from + inside, n - inside) < 0)
+        return 0;
+    m->pos += n;
+    return n;
+}
+
+static ZPOS64_T zip_mem_tell(voidpf opaque, voidpf mem)
+{
+    (void)opaque;
+    return ((struct zip_mem *)mem)->pos;
+}
+
+static long zip_mem_seek(voidpf opaque, voidpf mem, ZPOS64_T offset, int origin)
+{
+    struct zip_mem *m = mem;
+    size_t size = zip_mem_size(m);
+    uint64_t to = offset + (origin == ZLIB_FILEFUNC_SEEK_CUR ? m->pos
+                          : origin == ZLIB_FILEFUNC_SEEK_END ? size : 0);
+
+    (void)opaque;
+    if (to > size)                  /* a step back is a large offset: the sum wraps to it */
+        return -1;
+    m->pos = (size_t)to;
+    return 0;
+}
+
+static int zip_mem_ok(voidpf opaque, voidpf mem)
+{
+    (void)opaque;
+    (void)mem;
+    return 0;
+}
+
+static zlib_filefunc64_def zip_mem_functions(struct zip_mem *m)
+{
+    return (zlib_filefunc64_def){
+        zip_mem_open, zip_mem_read, zip_mem_write, zip_mem_tell, zip_mem_seek, zip_mem_ok,
+        zip_mem_ok, m
+    };
+}
+
+/* What makes a name unfit, or NULL. */
+static const char *zip_name_fault(struct span name)
+{
+    int64_t folders = -1;
+
+    if (name.n == 0)
+        return "is empty";
+    if (name.n >= PATH_MAX)
+        return "is too long";
+    if (memchr(name.p, '\0', name.n) || memchr(name.p, '\\', name.n))
+        return "holds a NUL or a backslash";
+    if (!utf8_ok(name))
+        return "is not UTF-8";
+    if (name.p[0] == '/' || (name.n > 1 && name.p[1] == ':' && isalpha((unsigned char)name.p[0])))
+        return "is an absolute path";
+    if (name.n >= 2 && memcmp(name.p, "./", 2) == 0)
+        name = (struct span){ name.p + 2, name.n - 2 };
+    if (name.n > 0 && name.p[name.n - 1] == '/')
+        folders++, name.n--;
+    while (name.n > 0) {
+        struct span part = span_part(&name, '/');
+        if (span_eq(part, ".."))
+            return "leads out of its folder";
+        if (part.n == 0 || span_eq(part, ".") || (name.p && name.n == 0))
+            return "holds an empty part";
+        if (part.n > NAME_MAX)
+            return "has a part of more than 255 bytes";
+        folders++;
+    }
+    return folders > limits.zip_depth ? "is nested too deep" : NULL;
+}
+
+/* What makes a link unfit, or NULL. `..` counts folders up from where the link stands,
+ * which is no link itself; after a name it could step out of where that name leads. */
+static const char *zip_link_fault(struct span name, struct span target)
+{
+    size_t folders = 0;
+    bool named = false;
+
+    for (size_t i = 0; i < name.n; i++)
+        folders += name.p[i] == '/';
+    if (target.n == 0 || target.n >= PATH_MAX || memchr(target.p, '\0', target.n))
+        return "is a link without a usable target";
+    if (target.p[0] == '/')
+        return "is a link to an absolute path";
+    while (target.n > 0) {
+        struct span part = span_part(&target, '/');
+        if (span_eq(part, "..") && (named || folders-- == 0))
+            return "is a link out of the archive's folder";
+        named |= part.n > 0 && !span_eq(part, ".") && !span_eq(part, "..");
+    }
+    return NULL;
+}
+
+/* Finds the directory by the end record, which must be the last thing in the archive, and
+ * its zip64 form, which may only repeat or extend it. Sets start, end and len. */
+static int zip_find_directory(struct zip *z, struct buf *why)
+{
+    struct span a = z->archive;
+    const char *p = NULL, *loc, *wide = NULL;
+    size_t at = a.n;
+
+    for (size_t back = ZIP_END_BYTES; !p && back <= a.n && back <= ZIP_END_BYTES + 0xffff; back++)
+        if (memcmp(a.p + a.n - back, "PK\5\6", 4) == 0)
+            p = a.p + (at = a.n - back);
+    if (!p)
+        return conf_wrong(why, "archive: no end record: truncated, or not a zip");
+    if (little_endian(p + 20, 2) != a.n - at - ZIP_END_BYTES)
+        return conf_wrong(why, "archive: its comment does not end where it ends");
+    uint64_t disks = little_endian(p + 4, 4), count = little_endian(p + 10, 2);
+    uint64_t size = little_endian(p + 12, 4), start = little_endian(p + 16, 4);
+    bool lies = disks != 0 || count != little_endian(p + 8, 2);
+
+    loc = at >= ZIP_LOCATOR_BYTES + ZIP_END64_BYTES ? p - ZIP_LOCATOR_BYTES : NULL;
+    if (loc && memcmp(loc, "PK\6\7", 4) == 0) {
+        uint64_t to = little_endian(loc + 8, 8);
+        if (to > at - ZIP_LOCATOR_BYTES - ZIP_END64_BYTES || memcmp(a.p + to, "PK\6\6", 4) != 0)
+            return conf_wrong(why, "archive: its zip64 locator points nowhere");
+        wide = a.p + (at = (size_t)to);
+        lies = little_endian(wide + 4, 8) != (uint64_t)(loc - wide) - 12
+            || little_endian(wide + 16, 8) != 0
+            || little_endian(wide + 24, 8) != little_endian(wide + 32, 8)
+            || (disks != 0 && disks != 0xffffffff)
+            || (count != 0xffff && count != little_endian(wide + 32, 8))
+            || (size != 0xffffffff && size != little_endian(wide + 40, 8))
+            || (start != 0xffffffff && start != little_endian(wide + 48, 8));
+        count = little_endian(wide + 32, 8);
+        size = little_endian(wide + 40, 8);
+        start = little_endian(wide + 48, 8);
+    }
+    if (lies)
+        return conf_wrong(why, "archive: its end records contradict themselves");
+    if (count > (uint64_t)limits.zip_entries)
+        return conf_wrong(why, "archive: %" PRIu64 " entries, at most %" PRId64, count,
+                          limits.zip_entries);
+    if (start > at || size != at - start || count > size / ZIP_CENTRAL_BYTES)
+        return conf_wrong(why, "archive: its directory is not where the end record says");
+    z->start = (size_t)start;
+    z->end = at;
+    z->len = (size_t)count;
+    return 0;
+}
+
+/* The zip64 extra field holds those sizes that their 32 bits say are too large (4.5.3). */
+static void zip_widen(struct span extra, uint64_t *unpacked, uint64_t *packed)
+{
+    while (extra.n >= 4) {
+        size_t n = (size_t)little_endian(extra.p + 2, 2);
+        if (n > extra.n - 4)
+            return;
+        if (little_endian(extra.p, 2) == 1 && n >= 16) {
+            if (*unpacked == 0xffffffff)
+                *unpacked = little_endian(extra.p + 4, 8);
+            if (*packed == 0xffffffff)
+                *packed = little_endian(extra.p + 12, 8);
+            return;
+        }
+        extra = (struct span){ extra.p + 4 + n, extra.n - 4 - n };
+    }
+}
+
+/* Passes e->end over a descriptor: with or without signature, 32 or 64 bits wide (4.3.9). */
+static bool zip_descriptor_ok(const struct zip *z, struct zip_entry *e)
+{
+    for (size_t form = 0; form < 4; form++) {
+        size_t mark = form < 2 ? 4 : 0, width = form % 2 ? 8 : 4, n = mark + 4 + 2 * width;
+        const char *p = z->archive.p + e->end;
+        if (n > z->start - e->end || (mark && memcmp(p, "PK\7\x8", 4) != 0))
+            continue;
+        p += mark;
+        if (little_endian(p, 4) == e->crc && little_endian(p + 4, width) == e->data.n
+            && little_endian(p + 4 + width, width) == e->size) {
+            e->end += n;
+            return true;
+        }
+    }
+    return false;
+}
+
+/* A local header must say what the directory says; with a descriptor it may say 0. */
+static int zip_check_local(const struct zip *z, struct zip_entry *e, struct span name,
+                           const unz_file_info64 *info, uint64_t data, size_t extra, struct buf *why)
+{
+    uint64_t head = ZIP_LOCAL_BYTES + name.n + extra;
+
+    if (data < head || data > z->start || info->compressed_size > z->start - data)
+        return zip_wrong(why, name, "lies outside the archive");
+    const char *p = z->archive.p + (data - head);
+    uint64_t flags = little_endian(p + 6, 2), crc = little_endian(p + 14, 4);
+    uint64_t packed = little_endian(p + 18, 4), unpacked = little_endian(p + 22, 4);
+
+    if (memcmp(p, "PK\3\4", 4) != 0 || little_endian(p + 26, 2) != name.n
+        || little_endian(p + 28, 2) != extra || memcmp(p + ZIP_LOCAL_BYTES, name.p, name.n) != 0)
+        return zip_wrong(why, name, "has another name in its local header");
+    zip_widen((struct span){ p + head - extra, extra }, &unpacked, &packed);
+    bool later = info->flag & ZIP_DESCRIPTOR;
+    if (((flags ^ info->flag) & (ZIP_DESCRIPTOR | ZIP_ENCRYPTED | ZIP_PATCH)) != 0
+        || little_endian(p + 8, 2) != info->compression_method
+        || (crc != info->crc && !(later && crc == 0))
+        || (packed != info->compressed_size && !(later && packed == 0))
+        || (unpacked != info->uncompressed_size && !(later && unpacked == 0)))
+        return zip_wrong(why, name, "has a local header that contradicts the directory");
+    e->at = (size_t)(data - head);
+    e->data = (struct span){ z->archive.p + data, (size_t)info->compressed_size };
+    e->end = (size_t)data + e->data.n;
+    if (later && !zip_descriptor_ok(z, e))
+        return zip_wrong(why, name, "has a data descriptor that contradicts the directory");
+    return 0;
+}
+
+/* The kind and the permissions, from the name and the upper half of the attributes, where
+ * every tool puts st_mode. */
+static int zip_check_mode(struct zip_entry *e, struct span name, uint32_t mode, struct buf *why)
+{
+    bool folder = name.p[name.n - 1] == '/';
+    mode_t type = mode & S_IFMT;
+
+    if (mode & (S_ISUID | S_ISGID | S_ISVTX))
+        return zip_wrong(why, name, "has a setuid, setgid or sticky bit");
+    if (type != 0 && type != S_IFREG && type != S_IFDIR && type != S_IFLNK)
+        return zip_wrong(why, name, "is a device, a pipe or a socket");
+    if (folder ? type == S_IFLNK : type == S_IFDIR)
+        return zip_wrong(why, name, "has the mode of a %s and the name of a %s",
+                         folder ? "link" : "folder", folder ? "folder" : "file");
+    e->kind = folder ? ZIP_FOLDER : type == S_IFLNK ? ZIP_LINK : ZIP_FILE;
+    e->mode = mode ? (mode & 0777) | 0600 : 0644;
+    if (e->kind == ZIP_FOLDER && e->size > 0)
+        return zip_wrong(why, name, "is a folder and holds data");
+    if (e->kind == ZIP_LINK && e->size >= PATH_MAX)
+        return zip_wrong(why, name, "is a link with a target of %" PRIu64 " bytes", e->size);
+    return 0;
+}
+
+static time_t zip_time(const tm_unz *t)         /* DOS knows no time zone: a guest runs on UTC */
+{
+    struct tm tm = { .tm_sec = t->tm_sec, .tm_min = t->tm_min, .tm_hour = t->tm_hour,
+                     .tm_mday = t->tm_mday, .tm_mon = t->tm_mon, .tm_year = t->tm_year - 1900 };
+    return timegm(&tm);
+}
+
+/* Fills an entry from where minizip stands; *at moves behind it in the directory. */
+static int zip_read_entry(struct zip *z, unzFile file, struct zip_entry *e, size_t *at, struct buf *why)
+{
+    unz_file_info64 info;
+
+    if (unzGetOffset64(file) != *at || z->end - *at < ZIP_CENTRAL_BYTES
+        || unzGetCurrentFileInfo64(file, &info, NULL, 0, NULL, 0, NULL, 0) != UNZ_OK
+        || info.size_filename + info.size_file_extra + info.size_file_comment
+            > z->end - *at - ZIP_CENTRAL_BYTES)
+        return conf_wrong(why, "archive: its directory is broken at entry %zu", e->order);
+    struct span name = { z->archive.p + *at + ZIP_CENTRAL_BYTES, info.size_filename };
+    *at += ZIP_CENTRAL_BYTES + info.size_filename + info.size_file_extra + info.size_file_comment;
+
+    const char *fault = zip_name_fault(name);
+    if (fault)
+        return zip_wrong(why, name, "cannot be unpacked: its name %s", fault);
+    if (info.flag & (ZIP_ENCRYPTED | ZIP_PATCH))
+        return zip_wrong(why, name, "is encrypted");
+    if (info.compression_method != 0 && info.compression_method != Z_DEFLATED)
+        return zip_wrong(why, name, "is packed with method %lu; known are 0 and 8",
+                         info.compression_method);
+    if (info.disk_num_start != 0)
+        return zip_wrong(why, name, "is on another disk");
+    e->size = info.uncompressed_size;
+    e->crc = (uint32_t)info.crc;
+    e->mtime = zip_time(&info.tmu_date);
+    e->deflated = info.compression_method == Z_DEFLATED;
+    if (zip_check_mode(e, name, (uint32_t)info.external_fa >> 16, why) < 0)
+        return -1;
+    if (unzOpenCurrentFile2(file, NULL, NULL, 1) != UNZ_OK)
+        return zip_wrong(why, name, "has no local header, or one that contradicts the directory");
+    uint64_t data = unzGetCurrentFileZStreamPos64(file);
+    int extra = unzGetLocalExtrafield(file, NULL, 0);
+    unzCloseCurrentFile(file);
+    if (zip_check_local(z, e, name, &info, data, (size_t)extra, why) < 0)
+        return -1;
+    size_t dot = name.n >= 2 && memcmp(name.p, "./", 2) == 0 ? 2 : 0;
+    e->name = (struct span){ name.p + dot, name.n - dot };
+    e->name.n -= e->kind == ZIP_FOLDER && e->name.n > 0;
+    return 0;
+}
+
+/* By what the archive declares: nothing is unpacked to find a bomb. */
+static int zip_check_total(const struct zip *z, struct buf *why)
+{
+    uint64_t total = 0;
+
+    for (size_t i = 0; i < z->len; i++) {
+        if (__builtin_add_overflow(total, z->entries[i].size, &total)
+            || total > (uint64_t)limits.zip_bytes)
+            return conf_wrong(why, "archive: unpacks to more than %" PRId64 " bytes",
+                              limits.zip_bytes);
+    }
+    if (total > ZIP_FREE_BYTES && total / (uint64_t)limits.zip_ratio > z->archive.n)
+        return conf_wrong(why, "archive: %" PRIu64 " bytes in %zu, more than %" PRId64 " to 1",
+                          total, z->archive.n, limits.zip_ratio);
+    return 0;
+}
+
+static int zip_by_place(const void *a, const void *b)
+{
+    const struct zip_entry *x = a, *y = b;
+    return x->at < y->at ? -1 : x->at > y->at;
+}
+
+/* '/' is the lowest byte, so that what is in a folder follows it; then directory order. */
+static int zip_by_name(const void *a, const void *b)
+{
+    const struct zip_entry *x = a, *y = b;
+    size_t n = x->name.n < y->name.n ? x->name.n : y->name.n, i = 0;
+
+    while (i < n && x->name.p[i] == y->name.p[i])
+        i++;
+    if (i < n) {
+        unsigned char c = (unsigned char)x->name.p[i], d = (unsigned char)y->name.p[i];
+        return c == '/' ? -1 : d == '/' ? 1 : c < d ? -1 : 1;
+    }
+    if (x->name.n != y->name.n)
+        return x->name.n < y->name.n ? -1 : 1;
+    return x->order < y->order ? -1 : 1;
+}
+
+static int zip_check_places(struct zip *z, struct buf *why)
+{
+    size_t end = 0;
+
+    if (z->len > 0)
+        qsort(z->entries, z->len, sizeof *z->entries, zip_by_place);
+    if ((z->len > 0 ? z->entries[0].at : z->start) != 0)
+        return conf_wrong(why, "archive: bytes stand before its first entry");
+    for (size_t i = 0; i < z->len; i++) {
+        if (z->entries[i].at < end)
+            return zip_wrong(why, z->entries[i].name, "overlaps another entry");
+        end = z->entries[i].end;
+    }
+    return 0;
+}
+
+static bool zip_is_below(struct span name, struct span folder)
+{
+    return name.n > folder.n && name.p[folder.n] == '/'
+        && memcmp(name.p, folder.p, folder.n) == 0;
+}
+
+/* Sorted by name, equal names are neighbours, and a file is followed by what is below it. */
+static int zip_check_names(struct zip *z, struct buf *why)
+{
+    size_t replaced = 0;
+
+    qsort(z->entries, z->len, sizeof *z->entries, zip_by_name);
+    for (size_t i = 0; i + 1 < z->len; i++) {
+        struct zip_entry *e = &z->entries[i], *next = e + 1;
+        if (e->kind != ZIP_FOLDER && zip_is_below(next->name, e->name))
+            return zip_wrong(why, next->name, "stands below a %s of the archive",
+                             e->kind == ZIP_LINK ? "link" : "file");
+        if (e->name.n != next->name.n || memcmp(e->name.p, next->name.p, e->name.n) != 0)
+            continue;
+        if (e->kind != next->kind || e->kind == ZIP_LINK)
+            return zip_wrong(why, e->name, "stands twice, and not both times as a file");
+        e->replaced = true;
+        if (e->kind == ZIP_FILE && replaced++ == 0)
+            log_info("archive: \"%.*s\" stands twice, the last one counts",
+                     (int)(e->name.n < 200 ? e->name.n : 200), e->name.p);
+    }
+    if (replaced > 1)
+        log_info("archive: %zu entries are replaced by later ones", replaced);
+    return 0;
+}
+
+/* Unpacks an entry to fd, to text, or with -1 and NULL to nowhere. */
+static int zip_unpack(struct zip *z, const struct zip_entry *e, int fd, struct buf *text, struct buf *why)
+{
+    z_stream *s = &z->stream;
+    unsigned char chunk[64 << 10];
+    uint64_t size = 0;
+    uLong crc = 0;
+    int rc = Z_OK;
+
+    inflateReset(s);
+    s->next_in = (Bytef *)(uintptr_t)e->data.p;
+    s->avail_in = e->deflated ? (uInt)e->data.n : 0;
+    while (rc != Z_STREAM_END) {
+        struct span piece = e->data;
+        if (e->deflated) {
+            s->next_out = chunk;
+            s->avail_out = sizeof chunk;
+            rc = inflate(s, Z_NO_FLUSH);
+            piece = (struct span){ (const char *)chunk, sizeof chunk - s->avail_out };
+        } else {
+            rc = Z_STREAM_END;
+        }
+        if (rc != Z_OK && rc != Z_STREAM_END)
+            return zip_wrong(why, e->name, "is damaged: %s", s->msg ? s->msg : zError(rc));
+        size += piece.n;
+        if (size > e->size)
+            break;
+        crc = crc32_z(crc, (const Bytef *)piece.p, piece.n);
+        if (text && piece.n > 0 && buf_add_span(text, piece) < 0)
+            return zip_wrong(why, e->name, "finds no memory");
+        if (fd >= 0 && fd_write_all(fd, piece.p, piece.n) < 0)
+            return zip_wrong(why, e->name, "cannot be written: %s", strerror(errno));
+    }
+    if (size != e->size || s->avail_in > 0)
+        return zip_wrong(why, e->name, "does not unpack to the %" PRIu64 " bytes it declares",
+                         e->size);
+    if (crc != e->crc)
+        return zip_wrong(why, e->name, "is damaged: wrong checksum");
+    return 0;
+}
+
+/* A link's target, checked. */
+static int zip_target(struct zip *z, const struct zip_entry *e, struct buf *target, struct buf *why)
+{
+    buf_drop(target, target->len);
+    if (zip_unpack(z, e, -1, target, why) < 0)
+        return -1;
+    const char *fault = zip_link_fault(e->name, buf_span(target));
+    return fault ? zip_wrong(why, e->name, "%s", fault) : 0;
+}
+
+static void zip_close(struct zip *z)
+{
+    free(z->entries);
+    inflateEnd(&z->stream);
+}
+
+static int zip_read_directory(struct zip *z, unzFile file, struct buf *why)
+{
+    size_t at = z->start;
+
+    for (size_t i = 0; i < z->len; i++) {
+        z->entries[i].order = i;
+        if (i > 0 && unzGoToNextFile(file) != UNZ_OK)
+            return conf_wrong(why, "archive: its directory is broken at entry %zu", i);
+        if (zip_read_entry(z, file, &z->entries[i], &at, why) < 0)
+            return -1;
+    }
+    if (at != z->end)
+        return conf_wrong(why, "archive: its directory holds more than %zu entries", z->len);
+    return zip_check_total(z, why) < 0 || zip_check_places(z, why) < 0 ? -1
+         : zip_check_names(z, why);
+}
+
+/* Everything that can be said without unpacking. zip_close() it, whatever comes out. */
+static int zip_open(struct zip *z, struct span archive, struct buf *why)
+{
+    struct zip_mem mem = { .in = archive };
+    zlib_filefunc64_def functions = zip_mem_functions(&mem);
+    unz_global_info64 global;
+
+    *z = (struct zip){ .archive = archive };
+    if (archive.n > UINT32_MAX)
+        return conf_wrong(why, "archive: %zu bytes are too many", archive.n);
+    if (zip_find_directory(z, why) < 0)
+        return -1;
+    z->entries = calloc(z->len + 1, sizeof *z->entries);
+    if (!z->entries || inflateInit2(&z->stream, -MAX_WBITS) != Z_OK)
+        return conf_wrong(why, "archive: no memory for %zu entries", z->len);
+    unzFile file = unzOpen2_64("", &functions);
+    int rc = file && unzGetGlobalInfo64(file, &global) == UNZ_OK && global.number_entry == z->len
+           ? zip_read_directory(z, file, why)
+           : conf_wrong(why, "archive: its end records contradict themselves");
+    unzClose(file);
+    return rc;
+}
+
+/* The first pass: unpacks every entry to nowhere. */
+static int zip_verify(struct zip *z, struct buf *why)
+{
+    struct buf target = { 0 };
+    int rc = 0;
+
+    for (size_t i = 0; i < z->len && rc == 0; i++) {
+        const struct zip_entry *e = &z->entries[i];
+        rc = e->kind == ZIP_LINK ? zip_target(z, e, &target, why) : zip_unpack(z, e, -1, NULL, why);
+    }
+    buf_fini(&target);
+    return rc;
+}
+
+/* The folder below `root` where an entry goes. Kept open, as neighbours share it. */
+struct zip_place {
+    int         root, dir;          /* dir is -1: none */
+    struct span path;
+};
+
+static struct span zip_parent(struct span path)
+{
+    while (path.n > 0 && path.p[path.n - 1] != '/')
+        path.n--;
+    path.n -= path.n > 0;
+    return path;
+}
+
+/* The last part of a checked path, as C text. */
+static const char *zip_base(char out[NAME_MAX + 1], struct span path)
+{
+    size_t skip = zip_parent(path).n;
+    skip += skip > 0;
+    memcpy(out, path.p + skip, path.n - skip);
+    out[path.n - skip] = '\0';
+    return out;
+}
+
+static int zip_subfolder(int dir, struct span part, bool make)
+{
+    char name[NAME_MAX + 1];
+    const int flags = O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC;
+    int fd = openat(dir, zip_base(name, part), flags);
+
+    if (fd >= 0 || errno != ENOENT || !make)
+        return fd;
+    return mkdirat(dir, name, 0755) < 0 ? -1 : openat(dir, name, flags);
+}
+
+/* Goes to a folder one part at a time, following no link, also none that was there before
+ * the archive: what RESOLVE_NO_SYMLINKS of openat2(2) does, on every kernel. */
+static int zip_enter(struct zip_place *at, struct span path, bool make)
+{
+    if (at->dir >= 0 && at->path.n == path.n && memcmp(at->path.p, path.p, path.n) == 0)
+        return 0;
+    fd_close(&at->dir);
+    at->path = path;
+    at->dir = openat(at->root, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    while (path.n > 0 && at->dir >= 0) {
+        int next = zip_subfolder(at->dir, span_part(&path, '/'), make);
+        fd_close(&at->dir);
+        at->dir = next;
+    }
+    return at->dir < 0 ? -1 : 0;
+}
+
+static int zip_write_file(struct zip *z, const struct zip_entry *e, int dir, const char *name,
+                          struct buf *why)
+{
+    const struct timespec times[2] = { { .tv_sec = e->mtime }, { .tv_sec = e->mtime } };
+    int fd = openat(dir, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+
+    if (fd < 0)
+        return zip_wrong(why, e->name, "cannot be written: %s", strerror(errno));
+    int rc = zip_unpack(z, e, fd, NULL, why);
+    if (rc == 0 && fchmod(fd, e->mode) < 0)
+        rc = zip_wrong(why, e->name, "cannot be given its mode: %s", strerror(errno));
+    futimens(fd, times);            /* without it only Python's byte code is made anew */
+    fd_close(&fd);
+    return rc;
+}
+
+static int zip_write_link(struct zip *z, const struct zip_entry *e, int dir, const char *name,
+                          struct buf *why)
+{
+    struct buf target = { 0 };
+    int rc = zip_target(z, e, &target, why);
+
+    if (rc == 0 && symlinkat(buf_text(&target), dir, name) < 0)
+        rc = zip_wrong(why, e->name, "cannot be written: %s", strerror(errno));
+    buf_fini(&target);
+    return rc;
+}
+
+static int zip_write_entry(struct zip *z, const struct zip_entry *e, struct zip_place *at,
+                           struct buf *why)
+{
+    char name[NAME_MAX + 1];
+    struct span folder = e->kind == ZIP_FOLDER ? e->name : zip_parent(e->name);
+
+    if (e->replaced)
+        return 0;
+    if (zip_enter(at, folder, true) < 0)
+        return zip_wrong(why, folder, "cannot be made a folder: %s", strerror(errno));
+    if (e->kind == ZIP_FOLDER)
+        return 0;
+    if (unlinkat(at->dir, zip_base(name, e->name), 0) < 0 && errno != ENOENT)
+        return zip_wrong(why, e->name, "cannot be replaced: %s", strerror(errno));
+    return e->kind == ZIP_LINK ? zip_write_link(z, e, at->dir, name, why)
+                               : zip_write_file(z, e, at->dir, name, why);
+}
+
+/* Unlinks the first n entries, last first, and every folder of theirs that is empty then. */
+static void zip_erase(const struct zip *z, size_t n, int root)
+{
+    struct zip_place at = { .root = root, .dir = -1 };
+    char name[NAME_MAX + 1];
+
+    while (n-- > 0) {
+        const struct zip_entry *e = &z->entries[n];
+        int flags = e->kind == ZIP_FOLDER ? AT_REMOVEDIR : 0;
+        for (struct span path = e->name; path.n > 0; path = zip_parent(path), flags = AT_REMOVEDIR)
+            if (zip_enter(&at, zip_parent(path), false) == 0
+                && unlinkat(at.dir, zip_base(name, path), flags) < 0 && errno != ENOENT)
+                break;
+    }
+    fd_close(&at.dir);
+}
+
+/* The second pass: all of it, or nothing stays. */
+static int zip_write(struct zip *z, int root, struct buf *why)
+{
+    struct zip_place at = { .root = root, .dir = -1 };
+    mode_t mask = umask(022);
+    size_t i = 0;
+
+    while (i < z->len && zip_write_entry(z, &z->entries[i], &at, why) == 0)
+        i++;
+    fd_close(&at.dir);
+    umask(mask);
+    if (i == z->len)
+        return 0;
+    zip_erase(z, i + 1, root);
+    return -1;
+}
+
+/* Unpacks an archive below `folder`, which is made if it is not there. 0, or -1 and why, and
+ * then nothing of the archive is there. Files that stood in its way are replaced. */
+static int zip_extract(struct span archive, const char *folder, struct buf *why)
+{
+    struct zip z;
+    int rc = -1, root = -1;
+
+    if (zip_open(&z, archive, why) < 0 || zip_verify(&z, why) < 0)
+        goto done;
+    if (mkdir_all(folder, 0755) == 0)
+        root = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    rc = root < 0 ? conf_wrong(why, "archive: %s: %s", folder, strerror(errno))
+                  : zip_write(&z, root, why);
+done:
+    fd_close(&root);
+    zip_close(&z);
+    return rc;
+}
+
+/* Takes back what zip_extract() wrote. Folders that were there before and are empty now go
+ * too; what else is in a folder keeps it. */
+static void zip_remove(struct span archive, const char *folder)
+{
+    struct buf why = { 0 };
+    struct zip z;
+    int root = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+
+    if (zip_open(&z, archive, &why) == 0 && root >= 0)
+        zip_erase(&z, z.len, root);
+    zip_close(&z);
+    fd_close(&root);
+    buf_fini(&why);
+}
+
+/* ---- Packing: the host's side ---- */
+struct zip_pack {
+    zipFile     file;
+    struct buf *why;
+    char        path[PATH_MAX];     /* of what is packed now; its name starts at `root` */
+    size_t      root;
+};
+
+#define zip_pack_wrong(p, ...) (buf_add_format((p)->why, "%s: ", (p)->path), \
+                                buf_add_format((p)->why, __VA_ARGS__), -1)
+
+/* Opens an entry of the name at p->path. All times are the same, so that the same folder
+ * gives the same bytes. */
+static int zip_pack_start(struct zip_pack *p, mode_t mode)
+{
+    struct span name = span_of(p->path + p->root);
+    const zip_fileinfo info = {
+        .dosDate = ZIP_DOS_1980,
+        .external_fa = (uLong)mode << 16 | (S_ISDIR(mode) ? 0x10 : 0),     /* DOS: a folder */
+    };
+    const char *fault = zip_name_fault(name);
+
+    if (fault)
+        return zip_pack_wrong(p, "cannot be packed: its name %s", fault);
+    if (zipOpenNewFileInZip4_64(p->file, name.p, &info, NULL, 0, NULL, 0, NULL,
+            S_ISREG(mode) ? Z_DEFLATED : 0, Z_DEFAULT_COMPRESSION, 0, -MAX_WBITS, DEF_MEM_LEVEL,
+            Z_DEFAULT_STRATEGY, NULL, 0, 3 << 8 | 20 /* made on Unix */, 0x0800 /* UTF-8 */, 0))
+        return zip_pack_wrong(p, "the archive is larger than %" PRId64 " bytes, or memory is full",
+                              limits.conf_bytes);
+    return 0;
+}
+
+static int zip_pack_bytes(struct zip_pack *p, const char *data, size_t n)
+{
+    if (zipWriteInFileInZip(p->file, data, (unsigned)n) != ZIP_OK)
+        return zip_pack_wrong(p, "the archive is larger than %" PRId64 " bytes, or memory is full",
+                              limits.conf_bytes);
+    return 0;
+}
+
+static int zip_pack_file(struct zip_pack *p, mode_t mode)
+{
+    char chunk[64 << 10];
+    ssize_t n = 0;
+    int fd = open(p->path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+    int rc = fd < 0 ? -1 : zip_pack_start(p, S_IFREG | (mode & 0777));
+
+    while (rc == 0 && (n = read(fd, chunk, sizeof chunk)) > 0)
+        rc = zip_pack_bytes(p, chunk, (size_t)n);
+    if (fd < 0 || n < 0)
+        rc = zip_pack_wrong(p, "%s", strerror(errno));
+    fd_close(&fd);
+    return rc;
+}
+
+static int zip_pack_link(struct zip_pack *p)
+{
+    char target[PATH_MAX];
+    ssize_t n = readlink(p->path, target, sizeof target);
+
+    if (n < 0)
+        return zip_pack_wrong(p, "%s", strerror(errno));
+    const char *fault = zip_link_fault(span_of(p->path + p->root), (struct span){ target, (size_t)n });
+    if (fault)
+        return zip_pack_wrong(p, "%s", fault);
+    return zip_pack_start(p, S_IFLNK | 0777) < 0 ? -1 : zip_pack_bytes(p, target, (size_t)n);
+}
+
+static int zip_pack_wanted(const struct dirent *d)
+{
+    static const char *const skipped[] = { ".", "..", "__pycache__", ".git" };
+    for (size_t i = 0; i < COUNT(skipped); i++)
+        if (strcmp(d->d_name, skipped[i]) == 0)
+            return 0;
+    return 1;
+}
+
+static int zip_pack_folder(struct zip_pack *p);      /* calls itself through zip_pack_any */
+
+static int zip_pack_any(struct zip_pack *p)
+{
+    struct stat st;
+
+    if (lstat(p->path, &st) < 0)
+        return zip_pack_wrong(p, "%s", strerror(errno));
+    if (S_ISLNK(st.st_mode))
+        return zip_pack_link(p);
+    if (S_ISREG(st.st_mode))
+        return zip_pack_file(p, st.st_mode);
+    if (!S_ISDIR(st.st_mode))
+        return zip_pack_wrong(p, "is a device, a pipe or a socket");
+    strcat(p->path, "/");           /* zip_pack_folder() leaves room for it */
+    return zip_pack_start(p, S_IFDIR | 0755) < 0 ? -1 : zip_pack_folder(p);
+}
+
+/* p->path ends with '/', and again when this returns. */
+static int zip_pack_folder(struct zip_pack *p)
+{
+    struct dirent **names = NULL;
+    size_t end = strlen(p->path);
+    int rc = 0, n = scandir(p->path, &names, zip_pack_wanted, alphasort);
+
+    if (n < 0)
+        return zip_pack_wrong(p, "%s", strerror(errno));
+    for (int i = 0; i < n; i++) {
+        if (rc == 0 && end + strlen(names[i]->d_name) + 2 > sizeof p->path)
+            rc = zip_pack_wrong(p, "%s: the path is too long", names[i]->d_name);
+        if (rc == 0) {
+            strcpy(p->path + end, names[i]->d_name);
+            rc = zip_pack_any(p);
+        }
+        free(names[i]);
+    }
+    free(names);
+    if (rc == 0)
+        p->path[end] = '\0';
+    return rc;
+}
+
+/* Packs what is in `folder`, but for __pycache__ and .git, in at most limits.conf_bytes. */
+static int zip_pack(const char *folder, struct buf *out, struct buf *why)
+{
+    struct zip_mem mem = { .out = out, .most = (size_t)limits.conf_bytes };
+    zlib_filefunc64_def functions = zip_mem_functions(&mem);
+    struct zip_pack p = { .why = why };
+    int n = snprintf(p.path, sizeof p.path, "%s/", folder);
+
+    assert(out->len == 0);
+    if (n >= (int)sizeof p.path)
+        return conf_wrong(why, "%s: the path is too long", folder);
+    p.root = (size_t)n;
+    p.file = zipOpen2_64("", APPEND_STATUS_CREATE, NULL, &functions);
+    if (!p.file)
+        return conf_wrong(why, "no memory for an archive");
+    int rc = zip_pack_folder(&p);
+    if (zipClose(p.file, NULL) != ZIP_OK && rc == 0)
+        rc = zip_pack_wrong(&p, "the archive is larger than %" PRId64 " bytes, or memory is full",
+                            limits.conf_bytes);
+    return rc;
+}
+
+/* ==== child: spawn, signal, reap, say how it ended ===============================
+ * As PID 1 the agent is the parent of every orphan: waitpid(2) for any child finds both
+ * ours, which have a struct child, and theirs, which are only reaped. A child's death is
+ * what waitpid says, never the end of a file that a grandchild can hold open. */
+struct child {
+    pid_t         pid;                          /* 0: not running */
+    pid_t         group;                        /* its process group, which may outlive it */
+    const char   *name;                         /* borrowed, for the log */
+    void        (*on_exit)(struct child *, int status);     /* status as of waitpid(2) */
+    void        (*on_stop)(struct child *, int signal);     /* may be NULL */
+    struct child *next;
+};
+
+struct children {
+    struct child *first;
+    bool          has_cgroup;       /* PATH_CGROUP/program is there for programs */
+};
+
+struct spawn {
+    char *const *argv;              /* argv[0] is a path; NULL: call run(arg) instead */
+    char *const *envp;
+    const char  *cwd;               /* NULL: stay */
+    int          fds[4];            /* become 0 to 3; -1: /dev/null for 0 to 2, none for 3 */
+    bool         in_cgroup;
+    int        (*run)(void *arg);   /* in a fork, its result is the exit code */
+    void        *arg;
+};
+
+#define CHILD_EXEC_FAILED   127     /* as the shell's; the reason is on its stderr */
+
+static void child_signals_default(void)
+{
+    sigset_t none;
+    struct sigaction usual = { .sa_handler = SIG_DFL };
+
+    for (int sig = 1; sig < NSIG; sig++)
+        sigaction(sig, &usual, NULL);
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+}
+
+static void child_take_fds(const int *fds)
+{
+    int high[4];
+
+    for (int i = 0; i < 4; i++) {               /* first out of the way of each other */
+        int fd = fds[i];
+        if (fd < 0 && i < 3)
+            fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+        high[i] = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 10);
+    }
+    for (int i = 0; i < 4; i++)
+        if (high[i] >= 0)
+            dup2(high[i], i);
+}
+
+static _Noreturn void child_become(const struct spawn *s, bool has_cgroup)
+{
+    setsid();
+    if (s->in_cgroup && has_cgroup)
+        file_set(PATH_CGROUP "/program/cgroup.procs", "0");
+    file_set("/proc/self/oom_score_adj", "0");
+    child_take_fds(s->fds);
+    if (s->run) {                               /* the loop's descriptors stay behind */
+        agent_log.fd = 2;
+        _exit(s->run(s->arg));
+    }
+    child_signals_default();
+    if (s->cwd && chdir(s->cwd) < 0)
+        dprintf(2, "chdir %s: %s\n", s->cwd, strerror(errno));
+    else {
+        execve(s->argv[0], s->argv, s->envp);
+        dprintf(2, "exec %s: %s\n", s->argv[0], strerror(errno));
+    }
+    _exit(CHILD_EXEC_FAILED);
+}
+
+/* Forks. c->name, on_exit and on_stop are set by the caller. 0, or -1 and errno. */
+static int child_spawn(struct children *all, struct child *c, const struct spawn *s)
+{
+    pid_t pid = fork();
+
+    if (pid < 0)
+        return -1;
+    if (pid == 0)
+        child_become(s, all->has_cgroup);
+    c->pid = c->group = pid;
+    c->next = all->first;
+    all->first = c;
+    return 0;
+}
+
+/* To the child and its process group (it leads one: setsid). */
+static void child_signal(const struct child *c, int sig)
+{
+    if (c->group > 0)
+        kill(-c->group, sig);
+    if (c->pid > 0)                             /* it may not have called setsid yet */
+        kill(c->pid, sig);
+}
+
+static void child_forget(struct children *all, struct child *c)
+{
+    for (struct child **at = &all->first; *at; at = &(*at)->next)
+        if (*at == c) {
+            *at = c->next;
+            break;
+        }
+    c->pid = 0;
+    c->next = NULL;
+}
+
+/* Collects up to `most` dead or stopped children. True: there may be more. */
+static bool child_reap(struct children *all, int most)
+{
+    int status;
+
+    while (most-- > 0) {
+        pid_t pid = waitpid(-1, &status, WNOHANG | WUNTRACED);
+        if (pid <= 0)
+            return false;
+        struct child *c = all->first;
+        while (c && c->pid != pid)
+            c = c->next;
+        if (!c)
+            continue;
+        if (WIFSTOPPED(status)) {
+            if (c->on_stop)
+                c->on_stop(c, WSTOPSIG(status));
+            continue;
+        }
+        child_forget(all, c);
+        c->on_exit(c, status);
+    }
+    return true;
+}
+
+/* "exited with code 3", "was killed by signal 9 (Killed)" */
+static void child_describe(char *out, size_t size, int status)
+{
+    if (WIFEXITED(status))
+        snprintf(out, size, "exited with exit code %d", WEXITSTATUS(status));
+    else
+        snprintf(out, size, "was killed by signal %d (%s)", WTERMSIG(status),
+                 strsignal(WTERMSIG(status)));
+}
+
+/* The whole cgroup of the programs, with whatever they forked (cgroup.kill: Linux 5.14). */
+static void cgroup_kill(const struct children *all)
+{
+    struct buf list = { 0 };
+    char *pid, *rest;
+
+    if (!all->has_cgroup || file_set(PATH_CGROUP "/program/cgroup.kill", "1") == 0)
+        return;
+    if (file_load(PATH_CGROUP "/program/cgroup.procs", &list, 1 << 20) == 0) {
+        buf_text(&list);
+        if (list.len > 0)
+            for (pid = strtok_r(list.data + list.start, "\n", &rest); pid; pid = strtok_r(NULL, "\n", &rest))
+                kill((pid_t)strtol(pid, NULL, 10), SIGKILL);
+    }
+    buf_fini(&list);
+}
+
+/* How many processes of the programs the kernel has killed for want of memory. */
+static int64_t cgroup_oom_kills(const struct children *all)
+{
+    struct buf events = { 0 };
+    int64_t count = 0;
+
+    if (all->has_cgroup && file_load(PATH_CGROUP "/program/memory.events", &events, 4096) == 0) {
+        const char *at = strstr(buf_text(&events), "oom_kill ");
+        count = at ? strtoll(at + 9, NULL, 10) : 0;
+    }
+    buf_fini(&events);
+    return count;
+}
+
+/* ---- what a child prints, line by line to the log, its end kept for error replies ---- */
+struct output {
+    struct watch watch;             /* the pipe's reading end */
+    struct loop *loop;
+    const char  *name;              /* borrowed */
+    struct buf   line;              /* begun, no newline yet */
+    struct buf   tail;              /* the last limits.error_bytes or more */
+    bool         skipping;          /* the line was too long: its rest is dropped */
+};
+
+static void output_take(struct output *o, const char *p, size_t n)
+{
+    size_t most = (size_t)limits.log_line_bytes;
+
+    buf_add(&o->tail, p, n);
+    if (o->tail.len > 4 * (size_t)limits.error_bytes)
+        buf_keep_tail(&o->tail, (size_t)limits.error_bytes);
+    o->tail.failed = o->line.failed = false;
+    while (n > 0) {
+        const char *end = memchr(p, '\n', n);
+        size_t part = end ? (size_t)(end - p) : n;
+        size_t room = most - o->line.len;
+        if (!o->skipping)
+            buf_add(&o->line, p, part < room ? part : room);
+        if ((end || part > room) && !o->skipping) {
+            log_line(o->name, buf_at(&o->line), o->line.len);
+            buf_drop(&o->line, o->line.len);
+        }
+        o->skipping = !end && (o->skipping || part > room);
+        p += part + (end ? 1 : 0);
+        n -= part + (end ? 1 : 0);
+    }
+}
+
+/* Reads what is there, at most `rounds` times 16 KiB. */
+static void output_read(struct output *o, int rounds)
+{
+    char bytes[16384];
+
+    while (o->watch.fd >= 0 && rounds-- > 0) {
+        ssize_t n = SYS_READ(o->watch.fd, bytes, sizeof bytes);
+        if (n < 0 && (errno == EAGAIN || errno == EINTR))
+            return;
+        if (n <= 0) {               /* its last writer has closed it */
+            loop_want(o->loop, &o->watch, 0);
+            fd_close(&o->watch.fd);
+            return;
+        }
+        output_take(o, bytes, (size_t)n);
+    }
+}
+
+static void output_on_event(struct watch *w, uint32_t events)
+{
+    (void)events;
+    output_read(CONTAINER(w, struct output, watch), 4);
+}
+
+/* Makes the pipe; returns its writing end for the child, or -1. */
+static int output_open(struct output *o, struct loop *loop, const char *name)
+{
+    int ends[2];
+
+    if (pipe2(ends, O_CLOEXEC) < 0)
+        return -1;
+    *o = (struct output){ .loop = loop, .name = name,
+                          .watch = { .fd = ends[0], .on_event = output_on_event } };
+    if (fd_nonblock(ends[0]) < 0 || loop_want(loop, &o->watch, EPOLLIN) < 0) {
+        fd_close(&o->watch.fd);
+        fd_close(&ends[1]);
+        return -1;
+    }
+    return ends[1];
+}
+
+/* Reads what is left and closes; the tail stays until output_fini. */
+static void output_close(struct output *o)
+{
+    output_read(o, 64);
+    if (o->line.len > 0)
+        output_take(o, "\n", 1);
+    if (o->watch.fd >= 0)
+        loop_want(o->loop, &o->watch, 0);
+    fd_close(&o->watch.fd);
+}
+
+static struct span output_tail(struct output *o)
+{
+    buf_keep_tail(&o->tail, (size_t)limits.error_bytes);
+    return buf_span(&o->tail);
+}
+
+static void output_fini(struct output *o)
+{
+    buf_fini(&o->line);
+    buf_fini(&o->tail);
+}
+
+/* ==== conn: addresses, listeners, one socket with its buffers and its state ======
+ * A vsock address is (CID, port): CID 2 is the host, 3 and up are guests, 1 is loopback
+ * (vsock(7)). "Hybrid" is the host's end of it in Firecracker's manner: a Unix socket where
+ * the first line says CONNECT PORT and the answer is OK N. */
+enum address_kind { ADDRESS_VSOCK, ADDRESS_UNIX, ADDRESS_TCP, ADDRESS_FD, ADDRESS_HYBRID };
+
+struct address {
+    enum address_kind kind;
+    struct sockaddr_storage sa;
+    socklen_t         sa_len;
+    int               fd;           /* ADDRESS_FD */
+    unsigned          port;         /* ADDRESS_HYBRID, ADDRESS_VSOCK */
+    const char       *text;         /* borrowed: as it was written */
+};
+
+static const char address_forms[] =
+    "vsock:PORT, unix:PATH, tcp:HOST:PORT, fd:N or (to connect) hybrid:PATH:PORT";
+
+static bool address_unix(struct address *a, struct span path)
+{
+    struct sockaddr_un *un = (void *)&a->sa;
+
+    if (path.n == 0 || path.n >= sizeof un->sun_path)
+        return false;
+    un->sun_family = AF_UNIX;
+    memcpy(un->sun_path, path.p, path.n);
+    a->sa_len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + path.n + 1);
+    return true;
+}
+
+static bool address_tcp(struct address *a, struct span host, int64_t port)
+{
+    struct sockaddr_in *in = (void *)&a->sa;
+    struct sockaddr_in6 *in6 = (void *)&a->sa;
+    char text[INET6_ADDRSTRLEN + 2];
+
+    if (host.n >= 2 && host.p[0] == '[' && host.p[host.n - 1] == ']')
+        host = (struct span){ host.p + 1, host.n - 2 };
+    if (host.n >= sizeof text)
+        return false;
+    snprintf(text, sizeof text, "%.*s", (int)host.n, host.p);
+    if (span_eq(host, "localhost"))
+        snprintf(text, sizeof text, "127.0.0.1");
+    if (inet_pton(AF_INET, text, &in->sin_addr) == 1) {
+        in->sin_family = AF_INET;
+        in->sin_port = htons((uint16_t)port);
+        a->sa_len = sizeof *in;
+        return true;
+    }
+    if (inet_pton(AF_INET6, text, &in6->sin6_addr) == 1) {
+        in6->sin6_family = AF_INET6;
+        in6->sin6_port = htons((uint16_t)port);
+        a->sa_len = sizeof *in6;
+        return true;
+    }
+    return false;
+}
+
+static void address_vsock(struct address *a, unsigned cid, unsigned port)
+{
+    struct sockaddr_vm *vm = (void *)&a->sa;
+
+    a->kind = ADDRESS_VSOCK;
+    a->port = port;
+    vm->svm_family = AF_VSOCK;
+    vm->svm_cid = cid;
+    vm->svm_port = port;
+    a->sa_len = sizeof *vm;
+}
+
+/* False: the text is none of address_forms. A vsock address is a listener's. */
+static bool address_parse(struct address *a, const char *text)
+{
+    const char *colon = strchr(text, ':');
+    struct span scheme = { text, colon ? (size_t)(colon - text) : 0 };
+    int64_t n;
+
+    *a = (struct address){ .text = text, .fd = -1 };
+    if (!colon)
+        return false;
+    struct span rest = span_of(colon + 1);
+    const char *last = strrchr(colon + 1, ':');
+    struct span front = { rest.p, last ? (size_t)(last - rest.p) : 0 };
+
+    if (span_eq(scheme, "unix")) {
+        a->kind = ADDRESS_UNIX;
+        return address_unix(a, rest);
+    }
+    if (span_eq(scheme, "vsock") && number_read(rest, 0, UINT32_MAX, &n)) {
+        address_vsock(a, VMADDR_CID_ANY, (unsigned)n);
+        return true;
+    }
+    if (span_eq(scheme, "fd") && number_read(rest, 0, INT_MAX, &n)) {
+        a->kind = ADDRESS_FD;
+        a->fd = (int)n;
+        return true;
+    }
+    if (span_eq(scheme, "tcp") && last && number_read(span_of(last + 1), 0, 65535, &n)) {
+        a->kind = ADDRESS_TCP;
+        return address_tcp(a, front, n);
+    }
+    if (span_eq(scheme, "hybrid") && last && number_read(span_of(last + 1), 0, UINT32_MAX, &n)) {
+        a->kind = ADDRESS_HYBRID;
+        a->port = (unsigned)n;
+        return address_unix(a, front);
+    }
+    return false;
+}
+
+static int address_socket(const struct address *a)
+{
+    int fd = SYS_SOCKET(a->sa.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    int on = 1;
+
+    if (fd >= 0 && a->kind == ADDRESS_TCP)
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    return fd;
+}
+
+/* Starts to connect; a Unix socket may be connected at once. -1 and errno. */
+static int address_connect(const struct address *a)
+{
+    int fd = address_socket(a);
+
+    if (fd < 0)
+        return -1;
+    if (connect(fd, (const void *)&a->sa, a->sa_len) < 0 && errno != EINPROGRESS)
+        fd_close(&fd);
+    return fd;
+}
+
+enum conn_state {
+    CONN_CONNECTING,    /* connect(2) is under way */
+    CONN_OPEN,          /* bytes go both ways */
+    CONN_DRAINING,      /* nothing more will be added to out */
+    CONN_LINGERING,     /* all sent; what the peer still sends is read so that it can read us */
+    CONN_DEAD           /* buried: freed at the end of the turn */
+};
+
+struct conn;
+
+/* What one protocol does with its connections. */
+struct proto {
+    const char *name;
+    void (*on_input)(struct conn *);        /* bytes in `in`, or `eof`, or called back by loop_soon */
+    void (*on_sent)(struct conn *);         /* `out` got shorter */
+    void (*on_deadline)(struct conn *);
+    void (*on_close)(struct conn *);        /* gives up everything that hangs from it */
+    void (*on_free)(struct conn *);         /* frees the struct that holds it */
+};
+
+struct conns {
+    struct loop *loop;
+    size_t       count;
+};
+
+struct conn {
+    struct watch        watch;      /* first member: the loop hands us this address */
+    struct conns       *all;
+    const struct proto *proto;
+    enum conn_state     state;
+    struct buf          in, out;    /* not yet parsed, not yet sent */
+    size_t              in_max;     /* reading stops while `in` holds this much */
+    bool                eof;        /* the peer has sent its last byte */
+    bool                gone;       /* the peer reads no more either */
+    bool                paused;     /* the protocol takes no input now */
+    bool                linger;     /* the peer may be sending what nobody will parse */
+};
+
+static void conn_bury(struct watch *w)
+{
+    struct conn *c = CONTAINER(w, struct conn, watch);
+    buf_fini(&c->in);
+    buf_fini(&c->out);
+    c->proto->on_free(c);
+}
+
+/* Ends it now, whatever is unsent. */
+static void conn_close(struct conn *c)
+{
+    if (c->state == CONN_DEAD)
+        return;
+    c->state = CONN_DEAD;
+    c->all->count--;
+    loop_bury(c->all->loop, &c->watch, conn_bury);
+    c->proto->on_close(c);
+}
+
+/* What epoll shall watch. Never nothing: EPOLLHUP keeps us told that the peer is gone. */
+static uint32_t conn_interest(const struct conn *c)
+{
+    uint32_t out = c->out.len > 0 ? EPOLLOUT : 0;
+
+    switch (c->state) {
+    case CONN_CONNECTING:
+        return EPOLLOUT;
+    case CONN_OPEN:
+        return EPOLLHUP | out
+             | (c->eof || c->paused || c->in.len >= c->in_max ? 0 : (uint32_t)EPOLLIN);
+    case CONN_DRAINING:
+        return EPOLLHUP | out;
+    case CONN_LINGERING:
+        return EPOLLIN;
+    case CONN_DEAD:
+        break;
+    }
+    return 0;
+}
+
+static void conn_flush(struct conn *c)
+{
+    size_t before = c->out.len;
+
+    if (c->out.failed) {                /* a reply with a hole in it must not go on */
+        log_info("%s: no memory for a reply, closed", c->proto->name);
+        conn_close(c);
+        return;
+    }
+    while (c->out.len > 0) {
+        ssize_t n = send(c->watch.fd, buf_at(&c->out), c->out.len, MSG_NOSIGNAL);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0 && errno == EAGAIN)
+            break;
+        if (n < 0) {
+            conn_close(c);
+            return;
+        }
+        buf_drop(&c->out, (size_t)n);
+    }
+    if (c->out.len < before && c->state == CONN_OPEN && c->proto->on_sent)
+        c->proto->on_sent(c);
+}
+
+/* One read of at most CONN_READ_BYTES. */
+static void conn_read(struct conn *c)
+{
+    static char bytes[CONN_READ_BYTES];
+    ssize_t n = SYS_READ(c->watch.fd, bytes, sizeof bytes);
+
+    if (n < 0 && (errno == EAGAIN || errno == EINTR))
+        return;
+    if (n <= 0) {
+        c->eof = true;
+        c->gone |= n < 0;
+        return;
+    }
+    if (c->state == CONN_LINGERING)
+        return;
+    if (buf_add(&c->in, bytes, (size_t)n) < 0) {
+        log_info("%s: no memory for input, closed", c->proto->name);
+        conn_close(c);
+    }
+}
+
+/* After the last byte of out: close, or read on for a while so that an answer given in the
+ * middle of the peer's sending is not destroyed by a reset. */
+static void conn_drained(struct conn *c)
+{
+    if (!c->linger || c->eof) {
+        conn_close(c);
+        return;
+    }
+    c->state = CONN_LINGERING;
+    shutdown(c->watch.fd, SHUT_WR);
+    loop_after(c->all->loop, &c->watch, limits.linger_ms);
+}
+
+/* Brings the state up to date with what the protocol left behind. */
+static void conn_settle(struct conn *c)
+{
+    if (c->state != CONN_DEAD && c->state != CONN_CONNECTING && c->out.len > 0)
+        conn_flush(c);
+    if (c->state == CONN_DRAINING && c->out.len == 0)
+        conn_drained(c);
+    if (c->state == CONN_DEAD)
+        return;
+    if (c->gone && (c->eof || c->paused || c->in.len >= c->in_max || c->state != CONN_OPEN)) {
+        conn_close(c);
+        return;
+    }
+    if (loop_want(c->all->loop, &c->watch, conn_interest(c)) < 0)
+        conn_close(c);
+}
+
+/* Lets what stands in out go, then closes. */
+static void conn_finish(struct conn *c)
+{
+    if (c->state != CONN_OPEN && c->state != CONN_CONNECTING)
+        return;
+    c->state = CONN_DRAINING;
+    loop_after(c->all->loop, &c->watch, limits.send_ms);
+    loop_soon(c->all->loop, &c->watch);
+}
+
+static void conn_connected(struct conn *c)
+{
+    int error = 0;
+    socklen_t size = sizeof error;
+
+    getsockopt(c->watch.fd, SOL_SOCKET, SO_ERROR, &error, &size);
+    if (error) {
+        errno = error;
+        conn_close(c);
+        return;
+    }
+    c->state = CONN_OPEN;
+}
+
+static void conn_on_event(struct watch *w, uint32_t events)
+{
+    struct conn *c = CONTAINER(w, struct conn, watch);
+
+    if (c->state == CONN_CONNECTING && events)
+        conn_connected(c);
+    if (events & (EPOLLHUP | EPOLLERR))
+        c->gone = true;
+    bool wants = c->state == CONN_LINGERING
+              || (c->state == CONN_OPEN && !c->eof && !c->paused && c->in.len < c->in_max);
+    if (wants && events & (EPOLLIN | EPOLLHUP | EPOLLERR))
+        conn_read(c);
+    if (c->state == CONN_LINGERING && c->eof)
+        conn_close(c);
+    if (c->state == CONN_OPEN)
+        c->proto->on_input(c);
+    conn_settle(c);
+}
+
+static void conn_on_deadline(struct watch *w)
+{
+    struct conn *c = CONTAINER(w, struct conn, watch);
+
+    if (c->state == CONN_OPEN || c->state == CONN_CONNECTING) {
+        c->proto->on_deadline(c);
+        conn_settle(c);
+    } else {
+        conn_close(c);
+    }
+}
+
+/* Takes a zeroed conn into service. On failure the descriptor is closed and -1 returned. */
+static int conn_open(struct conn *c, struct conns *all, const struct proto *proto, int fd, enum conn_state state)
+{
+    c->watch = (struct watch){ .fd = fd, .on_event = conn_on_event, .on_deadline = conn_on_deadline };
+    c->all = all;
+    c->proto = proto;
+    c->state = state;
+    c->in_max = CONN_READ_BYTES;
+    if (loop_want(all->loop, &c->watch, conn_interest(c)) < 0) {
+        fd_close(&c->watch.fd);
+        return -1;
+    }
+    all->count++;
+    return 0;
+}
+
+/* Runs the protocol again at the end of the turn: there may be input, output or news. */
+static void conn_soon(struct conn *c)
+{
+    loop_soon(c->all->loop, &c->watch);
+}
+
+static void conn_after(struct conn *c, int64_t ms)
+{
+    loop_after(c->all->loop, &c->watch, ms);
+}
+
+static void conn_never(struct conn *c)
+{
+    loop_never(c->all->loop, &c->watch);
+}
+
+struct listener {
+    struct watch   watch;
+    struct conns  *all;
+    struct address address;
+    void         (*on_accept)(struct listener *, int fd);   /* owns fd */
+    const char    *full;            /* sent and closed when there are too many; may be NULL */
+    void          *arg;
+};
+
+static bool listener_trusts(const struct listener *l, const struct sockaddr_storage *peer)
+{
+    const struct sockaddr_vm *vm = (const void *)peer;
+    return l->address.kind != ADDRESS_VSOCK
+        || (peer->ss_family == AF_VSOCK && vm->svm_cid == VMADDR_CID_HOST);
+}
+
+static void listener_on_event(struct watch *w, uint32_t events)
+{
+    struct listener *l = CONTAINER(w, struct listener, watch);
+    (void)events;
+
+    for (int i = 0; i < 64; i++) {
+        struct sockaddr_storage peer = { 0 };
+        socklen_t size = sizeof peer;
+        int on = 1, fd = SYS_ACCEPT(w->fd, (void *)&peer, &size, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        if (fd < 0 && errno != EAGAIN && errno != EINTR && errno != ECONNABORTED) {
+            log_errno("%s: accept", l->address.text);   /* EMFILE: wait for somebody to leave */
+            loop_want(l->all->loop, w, 0);
+            loop_after(l->all->loop, w, 100);
+        }
+        if (fd < 0)
+            return;
+        if (!listener_trusts(l, &peer)) {
+            log_info("%s: a peer that is not the host was turned away", l->address.text);
+            fd_close(&fd);
+        } else if (l->all->count >= (size_t)limits.conns) {
+            log_info("%s: more than %" PRId64 " connections, one was turned away",
+                     l->address.text, limits.conns);
+            if (l->full)
+                send(fd, l->full, strlen(l->full), MSG_NOSIGNAL | MSG_DONTWAIT);
+            fd_close(&fd);
+        } else {
+            if (l->address.kind == ADDRESS_TCP)
+                setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+            l->on_accept(l, fd);
+        }
+    }
+}
+
+static void listener_on_deadline(struct watch *w)
+{
+    struct listener *l = CONTAINER(w, struct listener, watch);
+    if (loop_want(l->all->loop, w, EPOLLIN) < 0)
+        loop_after(l->all->loop, w, 100);
+}
+
+static int listener_bind(struct listener *l)
+{
+    const struct address *a = &l->address;
+    int on = 1, fd = a->kind == ADDRESS_FD ? fcntl(a->fd, F_DUPFD_CLOEXEC, 10) : address_socket(a);
+
+    if (fd < 0)
+        return -1;
+    if (a->kind == ADDRESS_FD)
+        return fd_nonblock(fd) < 0 ? (fd_close(&fd), -1) : fd;
+    if (a->kind == ADDRESS_TCP)
+        setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    if (a->kind == ADDRESS_UNIX)
+        unlink(((const struct sockaddr_un *)(const void *)&a->sa)->sun_path);
+    mode_t before = umask(0177);        /* a Unix socket is for its owner */
+    int rc = bind(fd, (const void *)&a->sa, a->sa_len);
+    umask(before);
+    if (rc < 0 || listen(fd, 4096) < 0)
+        fd_close(&fd);
+    return fd;
+}
+
+/* l->address, all, on_accept, arg are set by the caller. 0, or -1 and errno. */
+static int listener_open(struct listener *l)
+{
+    l->watch = (struct watch){ .fd = listener_bind(l), .on_event = listener_on_event,
+                               .on_deadline = listener_on_deadline };
+    return l->watch.fd < 0 ? -1 : loop_want(l->all->loop, &l->watch, EPOLLIN);
+}
+
+/* ==== exchange: one request and its response in flight ===========================
+ * The seam between fronts and backends. A front starts an exchange and hands it the body;
+ * a backend answers with one head, body bytes and an end, or with a failure. Neither knows
+ * the other: both call the functions here, which keep the order and check the program's
+ * answer. Flow control: a front sends no more body than exchange_room, and reports with
+ * exchange_consumed what of the response has left its hands. */
+enum failure {
+    FAILURE_EXCEPTION,      /* the program raised */
+    FAILURE_BAD_RESPONSE,   /* the program's answer is none */
+    FAILURE_CRASHED,        /* the program died */
+    FAILURE_NOT_STARTED,    /* there is no program, or it does not start */
+    FAILURE_TIMEOUT,
+    FAILURE_NO_MEMORY,
+};
+
+/* RFC 9110 section 15.6, for fronts that speak HTTP. */
+static const int failure_status[] = {
+    [FAILURE_EXCEPTION] = 500, [FAILURE_BAD_RESPONSE] = 502, [FAILURE_CRASHED] = 502,
+    [FAILURE_NOT_STARTED] = 503, [FAILURE_TIMEOUT] = 504, [FAILURE_NO_MEMORY] = 503,
+};
+
+struct part { uint32_t at, n; };    /* a place in request.text */
+
+struct request {
+    bool        is_event;           /* an aleph.message; `body_text` is its body */
+    bool        has_body;           /* body bytes follow by exchange_body */
+    const char *http_version;       /* "1.0", "1.1" */
+    struct buf  text;               /* what the parts point into */
+    struct part method, raw_path, query, event;
+    struct part fields;             /* fields_count times name NUL value NUL, names lower case */
+    uint32_t    fields_count;
+};
+
+/* The fields of a response head, checked: names are tokens, values hold no control bytes. */
+struct response_head {
+    int         status;
+    struct span fields;             /* name NUL value NUL …; hop-by-hop ones still among them */
+    unsigned    fields_count;
+    int64_t     content_length;     /* -1: none given */
+};
+
+struct exchange;
+
+struct front {
+    void (*on_room)(struct exchange *);         /* exchange_room has grown */
+    void (*on_head)(struct exchange *, const struct response_head *);
+    void (*on_data)(struct exchange *, struct span);
+    void (*on_end)(struct exchange *);          /* either this or on_fail comes, once, last */
+    void (*on_fail)(struct exchange *, enum failure, struct span text, struct span traceback);
+};
+
+struct backend {
+    size_t (*room)(struct exchange *);          /* body bytes that would be taken now */
+    void   (*body)(struct exchange *, struct span, bool last);
+    void   (*consumed)(struct exchange *, size_t n);
+    void   (*cancel)(struct exchange *);        /* nobody waits any more */
+};
+
+struct exchange {
+    const struct front   *front;
+    const struct backend *backend;  /* NULL before exchange_start and once it has ended */
+    void                 *stream;   /* the backend's own */
+    struct loop          *loop;
+    struct watch          timer;    /* the limit for the response head */
+    struct request        request;  /* freed as soon as the backend has sent it on */
+    bool                  head_seen;
+    int64_t               body_left;            /* of a declared Content-Length; -1: none declared */
+    struct exchange      *next, **link;         /* in the program's queue */
+};
+
+static struct span request_part(const struct request *r, struct part p)
+{
+    return (struct span){ buf_at(&r->text) + p.at, p.n };
+}
+
+static void request_fini(struct request *r)
+{
+    buf_fini(&r->text);
+    *r = (struct request){ 0 };
+}
+
+/* Begins a part; request_part_end closes it. */
+static struct part request_part_begin(const struct request *r)
+{
+    return (struct part){ (uint32_t)r->text.len, 0 };
+}
+
+static void request_part_end(const struct request *r, struct part *p)
+{
+    p->n = (uint32_t)r->text.len - p->at;
+}
+
+static bool field_is_hop_by_hop(struct span name)      /* RFC 9110 section 7.6.1 */
+{
+    static const char *const names[] = { "connection", "keep-alive", "proxy-connection",
+        "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade" };
+
+    for (size_t i = 0; i < COUNT(names); i++)
+        if (span_eq_nocase(name, names[i]))
+            return true;
+    return false;
+}
+
+static bool field_name_ok(struct span s)                /* token, RFC 9110 section 5.6.2 */
+{
+    for (size_t i = 0; i < s.n; i++) {
+        unsigned char c = (unsigned char)s.p[i];
+        if (c >= 0x80 || !c || (!isalnum(c) && !strchr("!#$%&'*+-.^_`|~", c)))
+            return false;
+    }
+    return s.n > 0;
+}
+
+static bool field_value_ok(struct span s)               /* RFC 9110 section 5.5 */
+{
+    for (size_t i = 0; i < s.n; i++) {
+        unsigned char c = (unsigned char)s.p[i];
+        if ((c < 0x20 && c != '\t') || c == 0x7f)
+            return false;
+    }
+    return true;
+}
+
+/* Takes one name NUL value NUL from the front of a span. False: it is not there. */
+static bool field_next(struct span *rest, struct span *name, struct span *value)
+{
+    const char *end = rest->n ? memchr(rest->p, 0, rest->n) : NULL;
+    if (!end)
+        return false;
+    *name = (struct span){ rest->p, (size_t)(end - rest->p) };
+    struct span after = { end + 1, rest->n - name->n - 1 };
+    end = after.n ? memchr(after.p, 0, after.n) : NULL;
+    if (!end)
+        return false;
+    *value = (struct span){ after.p, (size_t)(end - after.p) };
+    *rest = (struct span){ end + 1, after.n - value->n - 1 };
+    return true;
+}
+
+/* The backend has gone or is done with this exchange. */
+static void exchange_leave(struct exchange *ex)
+{
+    loop_never(ex->loop, &ex->timer);
+    ex->backend = NULL;
+    ex->stream = NULL;
+    request_fini(&ex->request);
+}
+
+/* ---- called by backends ---- */
+
+static void exchange_fail(struct exchange *ex, enum failure kind, struct span text, struct span traceback)
+{
+    exchange_leave(ex);
+    ex->front->on_fail(ex, kind, text, traceback);
+}
+
+/* Fails an exchange whose backend does not know it yet. */
+PRINTF(3, 4)
+static void exchange_cancel_fail(struct exchange *ex, enum failure kind, const char *format, ...)
+{
+    char text[256];
+    va_list ap;
+
+    va_start(ap, format);
+    vsnprintf(text, sizeof text, format, ap);
+    va_end(ap);
+    log_info("request failed: %s", text);
+    if (ex->backend)
+        ex->backend->cancel(ex);
+    exchange_fail(ex, kind, span_of(text), SPAN(""));
+}
+
+/* Checks a head. NULL, or what is wrong with it. */
+static const char *response_head_check(struct response_head *h)
+{
+    struct span rest = h->fields, name, value;
+    int64_t length;
+
+    h->content_length = -1;
+    if (h->status < 200 || h->status > 999)
+        return "a status outside of 200 to 999";
+    if (h->fields_count > limits.head_fields)
+        return "too many fields";
+    if (h->fields.n > (size_t)limits.head_bytes)
+        return "a head that is too large";
+    while (field_next(&rest, &name, &value)) {
+        if (!field_name_ok(name))
+            return "a field whose name is no token";
+        if (!field_value_ok(value))
+            return "a field with CR, LF or another control byte in its value";
+        if (!span_eq_nocase(name, "content-length"))
+            continue;
+        if (!number_read(value, 0, INT64_MAX, &length)
+            || (h->content_length >= 0 && h->content_length != length))
+            return "a Content-Length that is no number, or two that differ";
+        h->content_length = length;
+    }
+    return NULL;
+}
+
+static void exchange_head(struct exchange *ex, struct response_head *h)
+{
+    const char *wrong = response_head_check(h);
+
+    if (wrong) {
+        exchange_cancel_fail(ex, FAILURE_BAD_RESPONSE, "the program answered with %s", wrong);
+        return;
+    }
+    loop_never(ex->loop, &ex->timer);
+    ex->head_seen = true;
+    ex->body_left = h->content_length;
+    ex->front->on_head(ex, h);
+}
+
+static void exchange_data(struct exchange *ex, struct span data)
+{
+    ex->front->on_data(ex, data);
+}
+
+static void exchange_end(struct exchange *ex)
+{
+    exchange_leave(ex);
+    ex->front->on_end(ex);
+}
+
+static void exchange_room_grew(struct exchange *ex)
+{
+    ex->front->on_room(ex);
+}
+
+/* ---- called by fronts ---- */
+
+static size_t exchange_room(struct exchange *ex)
+{
+    return ex->backend ? ex->backend->room(ex) : 0;
+}
+
+/* At most exchange_room bytes; `last` ends the body and may come with none. */
+static void exchange_body(struct exchange *ex, struct span data, bool last)
+{
+    if (ex->backend)
+        ex->backend->body(ex, data, last);
+}
+
+static void exchange_consumed(struct exchange *ex, size_t n)
+{
+    if (ex->backend && n > 0)
+        ex->backend->consumed(ex, n);
+}
+
+/* Nobody waits for the answer any more; nothing is called back after this. */
+static void exchange_cancel(struct exchange *ex)
+{
+    if (!ex->backend)
+        return;
+    ex->backend->cancel(ex);
+    exchange_leave(ex);
+}
+
+static void exchange_on_deadline(struct watch *w)
+{
+    struct exchange *ex = CONTAINER(w, struct exchange, timer);
+    exchange_cancel_fail(ex, FAILURE_TIMEOUT, "no response head within %" PRId64 " ms",
+                         limits.response_head_ms);
+}
+
+/* ex->front and ex->request are set by the front; the backend takes it from here. */
+static void exchange_start(struct exchange *ex, struct loop *loop, const struct backend *backend)
+{
+    ex->loop = loop;
+    ex->backend = backend;
+    ex->head_seen = false;
+    ex->body_left = -1;
+    ex->timer = (struct watch){ .fd = -1, .on_deadline = exchange_on_deadline };
+    loop_after(loop, &ex->timer, limits.response_head_ms);
+}
+
+/* ==== worker: the backend that speaks frames to a Python process =================
+ * agent.h has the frames, shims/worker.py the other end. The program can write to that
+ * socket too: each frame is checked as hostile input, and a worker that breaks the order
+ * is killed; only its own exchanges fail. */
+#define EMBED(symbol, file)                                             \
+    __asm__(".section .rodata\n.global " #symbol "\n.global " #symbol "_end\n" \
+            #symbol ":\n.incbin \"" file "\"\n" #symbol "_end:\n.previous\n"); \
+    extern const char symbol[], symbol##_end[]
+
+EMBED(shim_worker, "shims/worker.py");
+
+#define WORKER_SHIM     PATH_STATE "/worker.py"
+#define WORKER_STREAMS  256         /* buckets; streams are numbered in turn */
+#define WORKER_REAP_MS  200         /* between the end of its channel and its own */
+
+struct stream {
+    uint32_t         id;
+    struct exchange *ex;            /* NULL: cancelled, the worker's last word is still to come */
+    struct worker   *worker;
+    int64_t          send_credit;   /* body bytes that we may send */
+    int64_t          recv_credit;   /* body bytes that the worker may send */
+    bool             is_event, head_seen, body_sent;
+    struct stream   *next;
+};
+
+enum worker_state {
+    WORKER_BOOTING,     /* the interpreter starts */
+    WORKER_WARM,        /* it waits for a configuration */
+    WORKER_STARTING,    /* it loads the program */
+    WORKER_READY,
+    WORKER_STOPPING,    /* asked to end */
+    WORKER_BROKEN,      /* killed, or gone */
+};
+
+/* What becomes of a worker, told to the program that owns it. */
+struct worker_owner {
+    void (*on_warm)(struct worker *);
+    void (*on_ready)(struct worker *);
+    void (*on_start_failed)(struct worker *, struct span text, struct span traceback);
+    void (*on_gone)(struct worker *, int status);   /* dead and reaped: worker_free it */
+};
+
+struct worker {
+    struct watch               channel;     /* first member; our end of the socketpair */
+    struct child               child;
+    struct loop               *loop;
+    struct children           *children;
+    const struct worker_owner *owner;
+    void                      *program;     /* the owner's own */
+    enum worker_state          state;
+    struct buf                 in, out;
+    struct output              output;
+    struct stream             *streams[WORKER_STREAMS];
+    uint32_t                   next_id;
+    char                       name[80];    /* of the program, for the log */
+    char                       broken[160]; /* why it was killed, for the error replies */
+};
+
+/* ---- marshal version 2, as CPython's Python/marshal.c reads it ---- */
+
+static void marshal_u32(struct buf *out, unsigned char tag, uint32_t v)
+{
+    unsigned char b[5] = { tag, (unsigned char)v, (unsigned char)(v >> 8), (unsigned char)(v >> 16),
+                           (unsigned char)(v >> 24) };
+    buf_add(out, b, sizeof b);
+}
+
+static void marshal_bytes(struct buf *out, struct span s)
+{
+    marshal_u32(out, 's', (uint32_t)s.n);
+    buf_add_span(out, s);
+}
+
+/* The text must be UTF-8. */
+static void marshal_str(struct buf *out, struct span s)
+{
+    marshal_u32(out, 'u', (uint32_t)s.n);
+    buf_add_span(out, s);
+}
+
+/* Any bytes, as a str with U+FFFD for what is no UTF-8. */
+static void marshal_text(struct buf *out, struct span s)
+{
+    size_t head = out->len;
+    marshal_u32(out, 'u', 0);
+    size_t from = out->len;
+    utf8_add(out, s);
+    if (!out->failed) {
+        uint32_t n = (uint32_t)(out->len - from);
+        unsigned char *len = (unsigned char *)out->data + out->start + head + 1;
+        for (int i = 0; i < 4; i++)
+            len[i] = (unsigned char)(n >> 8 * i);
+    }
+}
+
+static void marshal_key(struct buf *out, const char *key)
+{
+    marshal_str(out, span_of(key));
+}
+
+static void marshal_list(struct buf *out, uint32_t n)
+{
+    marshal_u32(out, '[', n);
+}
+
+static void marshal_tuple(struct buf *out, uint32_t n)
+{
+    marshal_u32(out, '(', n);
+}
+
+static void marshal_int(struct buf *out, int32_t v)
+{
+    marshal_u32(out, 'i', (uint32_t)v);
+}
+
+static void marshal_double(struct buf *out, double v)
+{
+    buf_add_byte(out, 'g');
+    buf_add(out, &v, sizeof v);     /* IEEE 754, little endian, as every machine we build for has it */
+}
+
+/* '{', then key and value in turn, then '0'. */
+#define MARSHAL_DICT        '{'
+#define MARSHAL_DICT_END    '0'
+#define MARSHAL_NONE        'N'
+
+/* The ASGI scope (asgi.readthedocs.io, HTTP connection scope) or that of an event. */
+static void marshal_scope(struct buf *out, const struct request *r)
+{
+    struct span rest, name, value;
+    struct buf path = { 0 };
+
+    buf_add_byte(out, MARSHAL_DICT);
+    marshal_key(out, "type");
+    if (r->is_event) {
+        marshal_key(out, "aleph.message");
+        marshal_key(out, "body");
+        marshal_text(out, request_part(r, r->event));
+        buf_add_byte(out, MARSHAL_DICT_END);
+        return;
+    }
+    marshal_key(out, "http");
+    marshal_key(out, "http_version");
+    marshal_key(out, r->http_version);
+    marshal_key(out, "method");
+    marshal_str(out, request_part(r, r->method));
+    marshal_key(out, "scheme");
+    marshal_key(out, "http");
+    marshal_key(out, "path");
+    percent_decode(&path, request_part(r, r->raw_path));
+    marshal_text(out, buf_span(&path));
+    out->failed |= path.failed;
+    buf_fini(&path);
+    marshal_key(out, "raw_path");
+    marshal_bytes(out, request_part(r, r->raw_path));
+    marshal_key(out, "query_string");
+    marshal_bytes(out, request_part(r, r->query));
+    marshal_key(out, "root_path");
+    marshal_key(out, "");
+    marshal_key(out, "client");
+    buf_add_byte(out, MARSHAL_NONE);
+    marshal_key(out, "server");
+    marshal_tuple(out, 2);
+    marshal_key(out, "localhost");
+    marshal_int(out, PORT_HTTP);
+    marshal_key(out, "headers");
+    marshal_list(out, r->fields_count);
+    for (rest = request_part(r, r->fields); field_next(&rest, &name, &value);) {
+        marshal_tuple(out, 2);
+        marshal_bytes(out, name);
+        marshal_bytes(out, value);
+    }
+    buf_add_byte(out, MARSHAL_DICT_END);
+}
+
+/* ---- frames out ---- */
+
+static uint32_t frame_u32(const char *text)
+{
+    const unsigned char *p = (const unsigned char *)text;
+    return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+
+static void frame_head(char *to, uint32_t length, uint32_t stream, enum frame_type type, unsigned flags)
+{
+    for (int i = 0; i < 4; i++) {
+        to[i] = (char)(length >> 8 * i);
+        to[4 + i] = (char)(stream >> 8 * i);
+    }
+    to[8] = (char)type;
+    to[9] = (char)flags;
+    to[10] = to[11] = 0;
+}
+
+static uint32_t worker_interest(const struct worker *w)
+{
+    return EPOLLIN | (w->out.len > 0 ? EPOLLOUT : 0);
+}
+
+/* A frame whose payload is built in place: begin, add to w->out, end. */
+static size_t frame_begin(struct worker *w)
+{
+    size_t at = w->out.len;
+    char head[FRAME_HEADER_BYTES] = { 0 };
+    buf_add(&w->out, head, sizeof head);
+    return at;
+}
+
+static void frame_end(struct worker *w, size_t at, uint32_t stream, enum frame_type type, unsigned flags)
+{
+    if (!w->out.failed)
+        frame_head(w->out.data + w->out.start + at,
+                   (uint32_t)(w->out.len - at - FRAME_HEADER_BYTES), stream, type, flags);
+    loop_soon(w->loop, &w->channel);
+}
+
+static void frame_send(struct worker *w, uint32_t stream, enum frame_type type, unsigned flags, struct span payload)
+{
+    size_t at = frame_begin(w);
+    buf_add_span(&w->out, payload);
+    frame_end(w, at, stream, type, flags);
+}
+
+static void frame_window(struct worker *w, uint32_t stream, size_t bytes)
+{
+    char n[4] = { (char)bytes, (char)(bytes >> 8), (char)(bytes >> 16), (char)(bytes >> 24) };
+    frame_send(w, stream, FRAME_WINDOW, 0, (struct span){ n, sizeof n });
+}
+
+/* ---- streams ---- */
+
+static struct stream **stream_find(struct worker *w, uint32_t id)
+{
+    struct stream **at = &w->streams[id % WORKER_STREAMS];
+    while (*at && (*at)->id != id)
+        at = &(*at)->next;
+    return at;
+}
+
+/* Ends a stream; its exchange, if there still is one, is returned. */
+static struct exchange *stream_close(struct stream **at)
+{
+    struct stream *s = *at;
+    struct exchange *ex = s->ex;
+
+    *at = s->next;
+    free(s);
+    return ex;
+}
+
+static size_t stream_room(struct exchange *ex)
+{
+    const struct stream *s = ex->stream;
+    return s->send_credit > 0 && !s->body_sent ? (size_t)s->send_credit : 0;
+}
+
+static void stream_body(struct exchange *ex, struct span data, bool last)
+{
+    struct stream *s = ex->stream;
+
+    if (s->body_sent)
+        return;
+    assert((int64_t)data.n <= s->send_credit);
+    s->send_credit -= (int64_t)data.n;
+    s->body_sent = last;
+    frame_send(s->worker, s->id, FRAME_REQUEST_BODY, last ? FRAME_END : 0, data);
+}
+
+static void stream_consumed(struct exchange *ex, size_t n)
+{
+    struct stream *s = ex->stream;
+
+    s->recv_credit += (int64_t)n;
+    frame_window(s->worker, s->id, n);
+}
+
+static void stream_cancel(struct exchange *ex)
+{
+    struct stream *s = ex->stream;
+
+    s->ex = NULL;
+    frame_send(s->worker, s->id, FRAME_DISCONNECT, 0, SPAN(""));
+}
+
+static const struct backend worker_backend = {
+    .room = stream_room, .body = stream_body, .consumed = stream_consumed, .cancel = stream_cancel,
+};
+
+/* Sends the request on; body bytes may follow at once. -1: no memory. */
+static int worker_request(struct worker *w, struct exchange *ex)
+{
+    struct stream *s = calloc(1, sizeof *s);
+
+    if (!s)
+        return -1;
+    *s = (struct stream){ .id = w->next_id, .ex = ex, .worker = w, .send_credit = WORKER_CREDIT,
+                          .recv_credit = WORKER_CREDIT, .is_event = ex->request.is_event,
+                          .body_sent = !ex->request.has_body };
+    size_t at = frame_begin(w);
+    marshal_scope(&w->out, &ex->request);
+    if (w->out.failed) {            /* the frames before this one are whole */
+        w->out.failed = false;
+        w->out.len = at;
+        free(s);
+        return -1;
+    }
+    frame_end(w, at, s->id, FRAME_REQUEST, ex->request.has_body ? 0 : FRAME_END);
+    w->next_id = w->next_id == UINT32_MAX ? 1 : w->next_id + 1;
+    struct stream **head = &w->streams[s->id % WORKER_STREAMS];
+    s->next = *head;
+    *head = s;
+    ex->backend = &worker_backend;
+    ex->stream = s;
+    request_fini(&ex->request);
+    return 0;
+}
+
+/* ---- frames in ---- */
+
+/* Kills a worker that cannot go on; how it ended is told once it is reaped. */
+PRINTF(2, 3) static void worker_break(struct worker *w, const char *format, ...)
+{
+    va_list ap;
+
+    if (w->state == WORKER_BROKEN)
+        return;
+    w->state = WORKER_BROKEN;
+    va_start(ap, format);
+    vsnprintf(w->broken, sizeof w->broken, format, ap);
+    va_end(ap);
+    log_info("%s: %s: killed", w->child.name, w->broken);
+    loop_want(w->loop, &w->channel, 0);
+    child_signal(&w->child, SIGKILL);
+}
+
+/* Message NUL traceback. */
+static void failure_split(struct span payload, struct span *text, struct span *traceback)
+{
+    const char *nul = payload.n ? memchr(payload.p, 0, payload.n) : NULL;
+
+    *text = (struct span){ payload.p, nul ? (size_t)(nul - payload.p) : payload.n };
+    *traceback = nul ? (struct span){ nul + 1, payload.n - text->n - 1 } : SPAN("");
+}
+
+static void worker_on_head(struct worker *w, struct stream *s, struct span payload)
+{
+    struct response_head h = { 0 };
+    struct span rest, name, value;
+    unsigned n = 0;
+
+    if (s->head_seen || payload.n < 4) {
+        worker_break(w, "it sent %s", s->head_seen ? "two heads for one request" : "a head cut short");
+        return;
+    }
+    uint32_t both = frame_u32(payload.p);
+    h.status = (int)(both & 0xffff);
+    h.fields_count = both >> 16;
+    h.fields = rest = (struct span){ payload.p + 4, payload.n - 4 };
+    while (field_next(&rest, &name, &value))
+        n++;
+    if (rest.n > 0 || n != h.fields_count) {
+        worker_break(w, "it sent a head that is not %u names and values", h.fields_count);
+        return;
+    }
+    s->head_seen = true;
+    if (s->ex)
+        exchange_head(s->ex, &h);
+}
+
+static void worker_on_body(struct worker *w, struct stream **at, struct span payload, bool last)
+{
+    struct stream *s = *at;
+
+    if (s->ex && !s->head_seen && !s->is_event) {
+        worker_break(w, "it sent a body before its head");
+        return;
+    }
+    s->recv_credit -= (int64_t)payload.n;
+    if (s->recv_credit < 0) {
+        worker_break(w, "it sent more of a body than it had credit for");
+        return;
+    }
+    if (s->ex && payload.n > 0)
+        exchange_data(s->ex, payload);
+    if (!last)
+        return;
+    struct exchange *ex = stream_close(at);
+    if (ex)
+        exchange_end(ex);
+}
+
+static void worker_on_failure(struct stream **at, struct span payload)
+{
+    struct exchange *ex = stream_close(at);
+    struct span text, traceback;
+
+    failure_split(payload, &text, &traceback);
+    if (ex)
+        exchange_fail(ex, FAILURE_EXCEPTION, text, traceback);
+}
+
+static void worker_on_stream(struct worker *w, uint32_t id, unsigned type, unsigned flags, struct span payload)
+{
+    struct stream **at = stream_find(w, id), *s = *at;
+
+    if (!s) {
+        worker_break(w, "it sent a frame for request %u, which is not open", id);
+        return;
+    }
+    switch (type) {
+    case FRAME_RESPONSE_HEAD:
+        worker_on_head(w, s, payload);
+        break;
+    case FRAME_RESPONSE_BODY:
+        worker_on_body(w, at, payload, flags & FRAME_END);
+        break;
+    case FRAME_FAILURE:
+        worker_on_failure(at, payload);
+        break;
+    case FRAME_WINDOW:
+        if (payload.n != 4 || (s->send_credit += frame_u32(payload.p)) > WORKER_CREDIT)
+            worker_break(w, "it gave more credit than it had taken");
+        else if (s->ex && !s->body_sent)
+            exchange_room_grew(s->ex);
+        break;
+    default:
+        worker_break(w, "it sent a frame of unknown type %u", type);
+    }
+}
+
+/* Stream 0: what the worker says of itself, each once and in this order. */
+static void worker_on_self(struct worker *w, unsigned type, struct span payload)
+{
+    struct span text, traceback;
+
+    if (type == FRAME_HELLO && w->state == WORKER_BOOTING) {
+        w->state = WORKER_WARM;
+        w->owner->on_warm(w);
+    } else if (type == FRAME_READY && w->state == WORKER_STARTING) {
+        w->state = WORKER_READY;
+        w->owner->on_ready(w);
+    } else if (type == FRAME_START_FAILED && w->state == WORKER_STARTING) {
+        w->state = WORKER_STOPPING;
+        failure_split(payload, &text, &traceback);
+        w->owner->on_start_failed(w, text, traceback);
+    } else if (w->state != WORKER_STOPPING) {
+        worker_break(w, "it sent a frame of type %u out of turn", type);
+    }
+}
+
+/* Takes whole frames from w->in. */
+static void worker_parse(struct worker *w)
+{
+    while (w->in.len >= FRAME_HEADER_BYTES && w->state != WORKER_BROKEN) {
+        const char *p = buf_at(&w->in);
+        uint32_t length = frame_u32(p), id = frame_u32(p + 4);
+        unsigned type = (unsigned char)p[8], flags = (unsigned char)p[9];
+
+        if (length > WORKER_FRAME_MAX || p[10] || p[11] || flags & ~(unsigned)FRAME_END) {
+            worker_break(w, "it sent a malformed frame (%u bytes of type %u)", length, type);
+            return;
+        }
+        if (w->in.len < FRAME_HEADER_BYTES + length)
+            return;
+        struct span payload = { p + FRAME_HEADER_BYTES, length };
+        if (id == 0)
+            worker_on_self(w, type, payload);
+        else
+            worker_on_stream(w, id, type, flags, payload);
+        buf_drop(&w->in, FRAME_HEADER_BYTES + length);
+    }
+}
+
+/* A process that ends closes its channel first and is reaped a moment later: how it ended
+ * says more than that it hung up, so that moment is given. */
+static void worker_hung_up(struct worker *w)
+{
+    loop_want(w->loop, &w->channel, 0);
+    if (w->child.pid > 0)
+        loop_after(w->loop, &w->channel, WORKER_REAP_MS);
+}
+
+static void worker_on_deadline(struct watch *watch)
+{
+    worker_break(CONTAINER(watch, struct worker, channel), "it closed its channel");
+}
+
+/* Reads and handles what has come, at most `rounds` reads. */
+static void worker_read(struct worker *w, int rounds)
+{
+    static char bytes[CONN_READ_BYTES];
+
+    while (rounds-- > 0 && w->channel.fd >= 0 && w->state != WORKER_BROKEN) {
+        ssize_t n = SYS_READ(w->channel.fd, bytes, sizeof bytes);
+        if (n < 0 && (errno == EAGAIN || errno == EINTR))
+            return;
+        if (n <= 0) {
+            worker_hung_up(w);
+            return;
+        }
+        if (buf_add(&w->in, bytes, (size_t)n) < 0) {
+            worker_break(w, "no memory for its frames");
+            return;
+        }
+        worker_parse(w);
+    }
+}
+
+static void worker_flush(struct worker *w)
+{
+    if (w->out.failed) {            /* a frame is missing in the middle: nothing after it makes sense */
+        worker_break(w, "no memory for frames to it");
+        return;
+    }
+    while (w->out.len > 0) {
+        ssize_t n = send(w->channel.fd, buf_at(&w->out), w->out.len, MSG_NOSIGNAL);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0 && errno == EAGAIN)
+            break;
+        if (n < 0) {
+            worker_hung_up(w);
+            return;
+        }
+        buf_drop(&w->out, (size_t)n);
+    }
+    if (w->state != WORKER_BROKEN && !w->channel.heap_at
+        && loop_want(w->loop, &w->channel, worker_interest(w)) < 0)
+        worker_break(w, "its channel cannot be watched");
+}
+
+static void worker_on_event(struct watch *watch, uint32_t events)
+{
+    struct worker *w = CONTAINER(watch, struct worker, channel);
+
+    if (events & ~(uint32_t)EPOLLOUT)
+        worker_read(w, 4);
+    if (w->state != WORKER_BROKEN && w->channel.fd >= 0)
+        worker_flush(w);
+}
+
+/* ---- start, stop, death ---- */
+
+static void worker_bury(struct watch *watch)
+{
+    struct worker *w = CONTAINER(watch, struct worker, channel);
+    output_fini(&w->output);
+    buf_fini(&w->in);
+    buf_fini(&w->out);
+    free(w);
+}
+
+/* Gives a dead worker up; its exchanges have been failed by worker_fail_all. */
+static void worker_free(struct worker *w)
+{
+    loop_bury(w->loop, &w->channel, worker_bury);
+}
+
+static void worker_fail_all(struct worker *w, enum failure kind, struct span text, struct span traceback)
+{
+    for (size_t i = 0; i < WORKER_STREAMS; i++)
+        while (w->streams[i]) {
+            struct exchange *ex = stream_close(&w->streams[i]);
+            if (ex)
+                exchange_fail(ex, kind, text, traceback);
+        }
+}
+
+static void worker_on_exit(struct child *c, int status)
+{
+    struct worker *w = CONTAINER(c, struct worker, child);
+
+    worker_read(w, 1024);           /* what it had answered before it died still counts */
+    output_close(&w->output);
+    w->state = WORKER_BROKEN;
+    w->owner->on_gone(w, status);
+}
+
+/* A stopped process answers nothing and never dies; one that merely computes is not stopped. */
+static void worker_on_stop(struct child *c, int sig)
+{
+    worker_break(CONTAINER(c, struct worker, child), "it was stopped by signal %d (%s)", sig, strsignal(sig));
+}
+
+/* Starts an interpreter with the shim. argv: interpreter, options, WORKER_SHIM. The worker
+ * comes to on_warm, on_ready … and at its end always to on_gone. NULL and errno. */
+static struct worker *worker_start(struct loop *loop, struct children *children, const char *name,
+                                   char *const *argv, char *const *envp)
+{
+    struct worker *w = calloc(1, sizeof *w);
+    int ends[2] = { -1, -1 }, out = -1;
+
+    if (!w)
+        return NULL;
+    snprintf(w->name, sizeof w->name, "%s", name);
+    w->loop = loop;
+    w->children = children;
+    w->next_id = 1;
+    w->channel.fd = -1;
+    w->output.watch.fd = -1;
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0 || fd_nonblock(ends[0]) < 0
+        || (out = output_open(&w->output, loop, w->name)) < 0)
+        goto failed;
+    w->channel = (struct watch){ .fd = ends[0], .on_event = worker_on_event,
+                                  .on_deadline = worker_on_deadline };
+    w->child = (struct child){ .name = w->name, .on_exit = worker_on_exit, .on_stop = worker_on_stop };
+    if (loop_want(loop, &w->channel, EPOLLIN) < 0)
+        goto failed;
+    if (child_spawn(children, &w->child, &(struct spawn){ .argv = argv, .envp = envp,
+                    .fds = { -1, out, out, ends[1] }, .in_cgroup = true }) < 0)
+        goto failed;
+    fd_close(&ends[1]);
+    fd_close(&out);
+    return w;
+failed:
+    log_errno("%s: start", name);
+    fd_close(&ends[1]);
+    fd_close(&out);
+    output_close(&w->output);
+    if (w->channel.fd < 0)
+        w->channel.fd = ends[0];
+    worker_free(w);
+    return NULL;
+}
+
+static void worker_configure(struct worker *w, const char *name, struct buf *marshalled)
+{
+    snprintf(w->name, sizeof w->name, "%s", name);
+    assert(w->state == WORKER_WARM);
+    w->state = WORKER_STARTING;
+    frame_send(w, 0, FRAME_CONFIGURE, 0, buf_span(marshalled));
+    w->out.failed |= marshalled->failed;
+}
+
+/* Asks for lifespan shutdown and an end; worker_kill follows where it does not come. */
+static void worker_stop(struct worker *w)
+{
+    if (w->state == WORKER_BROKEN)
+        return;
+    frame_send(w, 0, FRAME_SHUTDOWN, 0, SPAN(""));
+    w->state = WORKER_STOPPING;
+    child_signal(&w->child, SIGTERM);
+}
+
+static void worker_kill(struct worker *w)
+{
+    w->state = WORKER_BROKEN;
+    loop_want(w->loop, &w->channel, 0);
+    child_signal(&w->child, SIGKILL);
+}
+
+/* ==== program: the user's code, its launch, its restarts, as one =================
+ * At most one worker is current; others, already killed, are only waited for. Requests
+ * that come while the program starts or waits for its restart queue up here. */
+enum program_state {
+    PROGRAM_NONE,       /* nothing configured; a warm interpreter may be waiting */
+    PROGRAM_STARTING,   /* for the first time: on_started will be told */
+    PROGRAM_SERVING,
+    PROGRAM_RESTARTING, /* a new worker loads the program after a death */
+    PROGRAM_WAITING,    /* for the back-off to pass */
+    PROGRAM_STOPPED     /* for halt: nothing starts any more */
+};
+
+struct program {
+    struct loop       *loop;
+    struct children   *children;
+    enum program_state state;
+    struct conf        conf;
+    struct worker     *worker;      /* the current one, or NULL */
+    struct watch       timer;       /* limit for a start; back-off; grace when stopping */
+    int64_t            backoff_ms;
+    int64_t            served_ms;   /* when it last became ready */
+    int64_t            oom_kills;   /* as counted last */
+    const char        *optimize;    /* "-OO", "-O" or NULL */
+    struct exchange   *first, **last;
+    size_t             queued;
+    void             (*on_started)(struct program *, bool ok, struct span text, struct span traceback);
+    void             (*on_stopped)(struct program *);
+    void              *owner;
+};
+
+/* ---- how Python is launched ---- */
+
+/* The first executable file of that name in PATH_PATH. False: there is none. */
+static bool program_find(const char *name, char *out, size_t size)
+{
+    for (const char *at = PATH_PATH; *at; at += strcspn(at, ":"), at += *at == ':') {
+        snprintf(out, size, "%.*s/%s", (int)strcspn(at, ":"), at, name);
+        if (access(out, X_OK) == 0)
+            return true;
+    }
+    return false;
+}
+
+static bool folder_has(const char *folder, const char *pattern)
+{
+    bool has = false;
+    DIR *d = opendir(folder);
+
+    for (struct dirent *e; d && !has && (e = readdir(d));)
+        has = fnmatch(pattern, e->d_name, 0) == 0;
+    if (d)
+        closedir(d);
+    return has;
+}
+
+/* The optimisation level whose byte code the runtime ships: Python loads NAME.opt-2.pyc
+ * only under -OO, and compiles everything anew under another level (PEP 488). */
+static const char *program_optimize(void)
+{
+    static const char *const bases[] = { "/usr/local/lib", "/usr/lib" };
+    static const char *const folders[] = { "__pycache__", "asyncio/__pycache__", "dist-packages/__pycache__" };
+    bool one = false, two = folder_has(PATH_LIBS "/__pycache__", "*.opt-2.pyc");
+
+    for (size_t b = 0; b < COUNT(bases) && !two; b++) {
+        DIR *d = opendir(bases[b]);
+        for (struct dirent *e; d && !two && (e = readdir(d));) {
+            if (fnmatch("python3*", e->d_name, 0) != 0)
+                continue;
+            for (size_t i = 0; i < COUNT(folders) && !two; i++) {
+                char path[PATH_MAX];
+                snprintf(path, sizeof path, "%s/%s/%s", bases[b], e->d_name, folders[i]);
+                two = folder_has(path, "*.opt-2.pyc");
+                one = one || folder_has(path, "*.opt-1.pyc");
+            }
+        }
+        if (d)
+            closedir(d);
+    }
+    return two ? "-OO" : one ? "-O" : NULL;
+}
+
+static const char *const program_env_base[] = {
+    "PATH=" PATH_PATH,
+    "HOME=/root",
+    "LANG=C.UTF-8",
+    "PYTHONPATH=" PATH_LIBS,
+    "ALEPH_INIT_VERSION=" ALEPH_VERSION,
+    "ALEPH_API_HOST=http://localhost",
+    "ALEPH_API_UNIX_SOCKET=" PATH_API_SOCKET,
+    "ALEPH_REMOTE_CRYPTO_HOST=http://localhost",
+    "ALEPH_REMOTE_CRYPTO_UNIX_SOCKET=" PATH_API_SOCKET,
+};
+
+/* What the interpreter or its libraries read when they start, before a warm one could be told. */
+static bool variable_is_early(const char *name)
+{
+    static const char *const prefixes[] = { "PYTHON", "LD_", "MALLOC_", "GLIBC_", "LC_", "LANG", "PATH", "TZ" };
+
+    for (size_t i = 0; i < COUNT(prefixes); i++)
+        if (strncmp(name, prefixes[i], strlen(prefixes[i])) == 0)
+            return true;
+    return false;
+}
+
+static bool program_needs_cold(const struct conf *c)
+{
+    for (size_t i = 0; i < c->variables_len; i++)
+        if (variable_is_early(c->variables[i].name))
+            return true;
+    return false;
+}
+
+/* The environment at exec, NULL-terminated, strings owned; NULL: no memory. A later variable
+ * of one name comes instead of an earlier one. */
+static char **program_env(const struct conf *c)
+{
+    size_t most = COUNT(program_env_base) + c->variables_len + 1, n = 0;
+    char **env = calloc(most, sizeof(char *));
+
+    for (size_t i = 0; env && i + 1 < most; i++) {
+        const struct conf_pair *v = i < COUNT(program_env_base) ? NULL
+                                  : &c->variables[i - COUNT(program_env_base)];
+        struct buf text = { 0 };
+        buf_add_text(&text, v ? v->name : program_env_base[i]);
+        if (v) {
+            buf_add_byte(&text, '=');
+            buf_add_text(&text, v->value);
+        }
+        char *entry = text.failed ? NULL : span_dup(buf_span(&text));
+        buf_fini(&text);
+        if (!entry) {
+            strings_free(env, n);
+            return NULL;
+        }
+        size_t name = strcspn(entry, "=") + 1, same = 0;
+        while (same < n && strncmp(env[same], entry, name) != 0)
+            same++;
+        free(env[same]);
+        env[same] = entry;
+        n += same == n;
+    }
+    return env;
+}
+
+static const struct worker_owner program_owner;
+
+/* Starts an interpreter; -1: the reason is in why. */
+static int program_spawn(struct program *p, const char *name, struct buf *why)
+{
+    char python[PATH_MAX], shim[] = WORKER_SHIM, option[8] = "";
+    char *argv[] = { python, option, shim, NULL };
+    int rc = -1;
+
+    if (!program_find("python3", python, sizeof python)) {
+        buf_add_text(why, "there is no python3 in " PATH_PATH);
+        return -1;
+    }
+    if (!p->optimize)
+        p->optimize = program_optimize() ? program_optimize() : "";
+    snprintf(option, sizeof option, "%s", p->optimize);
+    if (!option[0]) {
+        argv[1] = shim;
+        argv[2] = NULL;
+    }
+    if (mkdir_all(PATH_STATE, 0755) < 0
+        || file_write(WORKER_SHIM, shim_worker, (size_t)(shim_worker_end - shim_worker), 0644) < 0) {
+        buf_add_format(why, "cannot write " WORKER_SHIM ": %s", strerror(errno));
+        return -1;
+    }
+    char **env = program_env(&p->conf);
+    if (env)
+        p->worker = worker_start(p->loop, p->children, name, argv, env);
+    if (p->worker) {
+        p->worker->owner = &program_owner;
+        p->worker->program = p;
+        rc = 0;
+    } else {
+        buf_add_format(why, "cannot start %s: %s", python, strerror(errno));
+    }
+    for (size_t i = 0; env && env[i]; i++)
+        free(env[i]);
+    free(env);
+    return rc;
+}
+
+/* Starts an interpreter while the host still thinks about its configuration. */
+static void program_prewarm(struct program *p)
+{
+    struct buf why = { 0 };
+
+    if (p->state == PROGRAM_NONE && !p->worker && program_spawn(p, "python", &why) < 0)
+        log_info("prewarm: %s", buf_text(&why));
+    buf_fini(&why);
+}
+
+/* The configuration as worker.py reads it. */
+static void program_marshal(const struct conf *c, struct buf *out)
+{
+    buf_add_byte(out, MARSHAL_DICT);
+    marshal_key(out, "entry");
+    marshal_key(out, c->entrypoint);
+    marshal_key(out, "code");
+    if (c->encoding == ENCODING_PLAIN)
+        marshal_bytes(out, c->code);
+    else
+        buf_add_byte(out, MARSHAL_NONE);
+    marshal_key(out, "dir");
+    marshal_key(out, PATH_CODE_ASGI);
+    marshal_key(out, "path");
+    marshal_list(out, 1);
+    marshal_key(out, PATH_PACKAGES);
+    marshal_key(out, "lifespan_s");
+    marshal_double(out, (double)limits.lifespan_ms / 1e3);
+    marshal_key(out, "env");
+    buf_add_byte(out, MARSHAL_DICT);
+    if (c->hostname[0]) {
+        marshal_key(out, "ALEPH_ADDRESS_TO_USE");
+        marshal_key(out, c->hostname);
+    }
+    for (size_t i = 0; i < c->variables_len; i++) {
+        marshal_key(out, c->variables[i].name);
+        marshal_key(out, c->variables[i].value);
+    }
+    buf_add_byte(out, MARSHAL_DICT_END);
+    buf_add_byte(out, MARSHAL_DICT_END);
+}
+
+static void program_configure(struct program *p)
+{
+    struct buf text = { 0 };
+
+    program_marshal(&p->conf, &text);
+    worker_configure(p->worker, p->conf.entrypoint, &text);
+    buf_fini(&text);
+}
+
+/* ---- the queue ---- */
+
+static void program_dequeue(struct program *p, struct exchange *ex)
+{
+    *ex->link = ex->next;
+    if (ex->next)
+        ex->next->link = ex->link;
+    else
+        p->last = ex->link;
+    p->queued--;
+}
+
+static size_t queue_room(struct exchange *ex)
+{
+    (void)ex;
+    return 0;                       /* the body stays with the client until somebody reads it */
+}
+
+static void queue_cancel(struct exchange *ex)
+{
+    program_dequeue(ex->stream, ex);
+}
+
+static const struct backend queue_backend = { .room = queue_room, .cancel = queue_cancel };
+
+static void program_fail_queue(struct program *p, struct span text, struct span traceback)
+{
+    while (p->first) {
+        struct exchange *ex = p->first;
+        program_dequeue(p, ex);
+        exchange_fail(ex, FAILURE_NOT_STARTED, text, traceback);
+    }
+}
+
+static void program_hand_over(struct program *p, struct exchange *ex)
+{
+    if (worker_request(p->worker, ex) == 0)
+        exchange_room_grew(ex);
+    else
+        exchange_fail(ex, FAILURE_NO_MEMORY, SPAN("no memory for the request"), SPAN(""));
+}
+
+/* The front has filled ex->request; the answer, also a refusal, comes through ex->front. */
+static void program_request(struct program *p, struct exchange *ex)
+{
+    exchange_start(ex, p->loop, &queue_backend);
+    if (p->state == PROGRAM_SERVING) {
+        program_hand_over(p, ex);
+    } else if (p->state == PROGRAM_NONE || p->state == PROGRAM_STOPPED) {
+        exchange_fail(ex, FAILURE_NOT_STARTED, p->state == PROGRAM_NONE
+                      ? SPAN("no program is configured yet") : SPAN("the machine is halting"), SPAN(""));
+    } else if (p->queued >= (size_t)limits.queue) {
+        exchange_fail(ex, FAILURE_NOT_STARTED, SPAN("too many requests wait for the program to start"), SPAN(""));
+    } else {
+        ex->stream = p;
+        ex->next = NULL;
+        ex->link = p->last;
+        *p->last = ex;
+        p->last = &ex->next;
+        p->queued++;
+    }
+}
+
+/* ---- life and death ---- */
+
+/* Gives the current worker up; it is only waited for now. */
+static void program_drop_worker(struct program *p)
+{
+    struct worker *w = p->worker;
+
+    if (!w)
+        return;
+    p->worker = NULL;
+    worker_kill(w);
+    cgroup_kill(p->children);
+}
+
+/* The program did not come up. First start: that is the answer to the configuration.
+ * A restart: whoever waits is told, and it is tried again after the back-off. */
+static void program_start_failed(struct program *p, struct span text, struct span traceback)
+{
+    struct buf kept = { 0 }, trace = { 0 };
+
+    buf_add_span(&kept, text);          /* they may point into the worker */
+    buf_add_span(&trace, traceback);
+    program_drop_worker(p);
+    loop_never(p->loop, &p->timer);
+    if (p->state == PROGRAM_STARTING) {
+        p->state = PROGRAM_NONE;
+        program_fail_queue(p, buf_span(&kept), buf_span(&trace));
+        conf_fini(&p->conf);
+        p->on_started(p, false, buf_span(&kept), buf_span(&trace));
+    } else if (p->state == PROGRAM_RESTARTING) {
+        p->state = PROGRAM_WAITING;
+        program_fail_queue(p, buf_span(&kept), buf_span(&trace));
+        log_info("%s: does not start: %s; next try in %" PRId64 " ms", p->conf.entrypoint,
+                 buf_text(&kept), p->backoff_ms);
+        loop_after(p->loop, &p->timer, p->backoff_ms);
+        p->backoff_ms = p->backoff_ms * 2 < limits.backoff_max_ms ? p->backoff_ms * 2 : limits.backoff_max_ms;
+    }
+    buf_fini(&kept);
+    buf_fini(&trace);
+}
+
+static void program_launch(struct program *p)
+{
+    struct buf why = { 0 };
+
+    loop_after(p->loop, &p->timer, limits.start_ms);
+    if (!p->worker && program_spawn(p, p->conf.entrypoint, &why) < 0)
+        program_start_failed(p, buf_span(&why), SPAN(""));
+    else if (p->worker->state == WORKER_WARM)
+        program_configure(p);
+    buf_fini(&why);
+}
+
+static void program_on_warm(struct worker *w)
+{
+    struct program *p = w->program;
+    if (w == p->worker && (p->state == PROGRAM_STARTING || p->state == PROGRAM_RESTARTING))
+        program_configure(p);
+}
+
+static void program_on_ready(struct worker *w)
+{
+    struct program *p = w->program;
+    bool first = p->state == PROGRAM_STARTING;
+
+    if (w != p->worker)
+        return;
+    loop_never(p->loop, &p->timer);
+    p->state = PROGRAM_SERVING;
+    p->served_ms = now_ms();
+    log_info("%s: %s", p->conf.entrypoint, first ? "serving" : "serving again");
+    if (first)
+        p->on_started(p, true, SPAN(""), SPAN(""));
+    while (p->first && p->state == PROGRAM_SERVING) {
+        struct exchange *ex = p->first;
+        program_dequeue(p, ex);
+        program_hand_over(p, ex);
+    }
+}
+
+static void program_on_start_failed(struct worker *w, struct span text, struct span traceback)
+{
+    if (w == ((struct program *)w->program)->worker)
+        program_start_failed(w->program, text, traceback);
+}
+
+static void program_describe_end(struct program *p, struct worker *w, int status, struct buf *out)
+{
+    char how[128];
+    int64_t kills = cgroup_oom_kills(p->children);
+
+    child_describe(how, sizeof how, status);
+    buf_add_format(out, "the program %s %s", w->name, w->broken[0] ? "was killed" : how);
+    if (w->broken[0])
+        buf_add_format(out, ": %s", w->broken);
+    else if (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL && kills > p->oom_kills)
+        buf_add_text(out, ": out of memory");
+    p->oom_kills = kills;
+}
+
+static void program_ended(struct program *p, struct span text, struct span tail)
+{
+    switch (p->state) {
+    case PROGRAM_STARTING:
+    case PROGRAM_RESTARTING:
+        program_start_failed(p, text, tail);
+        break;
+    case PROGRAM_SERVING:
+        if (now_ms() - p->served_ms > limits.backoff_max_ms)
+            p->backoff_ms = limits.backoff_ms;
+        p->state = PROGRAM_WAITING;
+        loop_after(p->loop, &p->timer, p->backoff_ms);
+        p->backoff_ms = p->backoff_ms * 2 < limits.backoff_max_ms ? p->backoff_ms * 2 : limits.backoff_max_ms;
+        break;
+    case PROGRAM_STOPPED:
+        loop_never(p->loop, &p->timer);
+        p->on_stopped(p);
+        break;
+    case PROGRAM_NONE:              /* a warm interpreter died: the next start is a cold one */
+    case PROGRAM_WAITING:
+        break;
+    }
+}
+
+static void program_on_gone(struct worker *w, int status)
+{
+    struct program *p = w->program;
+    struct buf text = { 0 };
+
+    if (w == p->worker) {
+        program_describe_end(p, w, status, &text);
+        log_info("%s", buf_text(&text));
+        p->worker = NULL;
+        child_signal(&w->child, SIGKILL);       /* what it forked */
+        cgroup_kill(p->children);
+        worker_fail_all(w, FAILURE_CRASHED, buf_span(&text), output_tail(&w->output));
+        program_ended(p, buf_span(&text), output_tail(&w->output));
+        buf_fini(&text);
+    } else {
+        worker_fail_all(w, FAILURE_CRASHED, SPAN("the program was replaced"), SPAN(""));
+    }
+    worker_free(w);
+}
+
+static const struct worker_owner program_owner = {
+    .on_warm = program_on_warm, .on_ready = program_on_ready,
+    .on_start_failed = program_on_start_failed, .on_gone = program_on_gone,
+};
+
+static void program_on_deadline(struct watch *t)
+{
+    struct program *p = CONTAINER(t, struct program, timer);
+    char text[160];
+
+    switch (p->state) {
+    case PROGRAM_WAITING:
+        p->state = PROGRAM_RESTARTING;
+        program_launch(p);
+        break;
+    case PROGRAM_STARTING:
+    case PROGRAM_RESTARTING:
+        snprintf(text, sizeof text, "the program did not start within %" PRId64 " ms", limits.start_ms);
+        program_start_failed(p, span_of(text), output_tail(&p->worker->output));
+        break;
+    case PROGRAM_STOPPED:
+        log_info("%s: did not end within %" PRId64 " ms: killed", p->worker->name, limits.grace_ms);
+        worker_kill(p->worker);
+        cgroup_kill(p->children);
+        break;
+    case PROGRAM_NONE:
+    case PROGRAM_SERVING:
+        break;
+    }
+}
+
+static void program_init(struct program *p, struct loop *loop, struct children *children)
+{
+    *p = (struct program){ .loop = loop, .children = children, .backoff_ms = limits.backoff_ms,
+                           .timer = { .fd = -1, .on_deadline = program_on_deadline } };
+    p->last = &p->first;
+}
+
+/* Takes the configuration, whose code is in place, and starts it; p->on_started follows. */
+static void program_start(struct program *p, struct conf *conf)
+{
+    assert(p->state == PROGRAM_NONE);
+    p->conf = *conf;
+    *conf = (struct conf){ 0 };
+    p->state = PROGRAM_STARTING;
+    p->oom_kills = cgroup_oom_kills(p->children);
+    if (p->worker && (program_needs_cold(&p->conf) || p->worker->state > WORKER_WARM))
+        program_drop_worker(p);
+    program_launch(p);
+}
+
+/* For halt: lifespan shutdown and SIGTERM, SIGKILL to all after the grace, then on_stopped. */
+static void program_stop(struct program *p)
+{
+    struct worker *w = p->worker;
+    bool serving = p->state == PROGRAM_SERVING;
+
+    p->state = PROGRAM_STOPPED;
+    program_fail_queue(p, SPAN("the machine is halting"), SPAN(""));
+    loop_never(p->loop, &p->timer);
+    if (w && !serving)
+        program_drop_worker(p);     /* it has nothing to finish */
+    if (!p->worker) {
+        p->on_stopped(p);
+        return;
+    }
+    loop_after(p->loop, &p->timer, limits.grace_ms);
+    worker_stop(w);
+}
+
+/* ==== job: work that may block, in a child of its own ============================
+ * The child inherits a copy of our memory, does its work and writes at most one sentence
+ * into a page that both share. Hostile data costs that child, a stuck device its deadline. */
+struct job {
+    struct child child;
+    struct watch timer;
+    struct loop *loop;
+    char        *report;            /* JOB_REPORT_BYTES, shared; "" = success */
+    int        (*run)(void *arg, struct buf *why);
+    void        *arg;
+    void       (*on_done)(struct job *, bool ok, struct span report);
+};
+
+#define JOB_REPORT_BYTES    4096
+
+static int job_child(void *arg)
+{
+    struct job *j = arg;
+    struct buf why = { 0 };
+
+    if (j->run(j->arg, &why) == 0)
+        return 0;
+    snprintf(j->report, JOB_REPORT_BYTES, "%s", buf_text(&why));
+    return 1;
+}
+
+static void job_on_exit(struct child *c, int status)
+{
+    struct job *j = CONTAINER(c, struct job, child);
+    char report[JOB_REPORT_BYTES], how[128];
+
+    loop_never(j->loop, &j->timer);
+    memcpy(report, j->report, sizeof report - 1);
+    report[sizeof report - 1] = '\0';
+    munmap(j->report, JOB_REPORT_BYTES);
+    j->report = NULL;
+    bool ok = WIFEXITED(status) && WEXITSTATUS(status) == 0;
+    if (!ok && report[0] == '\0') {
+        child_describe(how, sizeof how, status);
+        snprintf(report, sizeof report, "%s %s", c->name, how);
+    }
+    j->on_done(j, ok, ok ? SPAN("") : span_of(report));
+}
+
+static void job_on_deadline(struct watch *t)
+{
+    struct job *j = CONTAINER(t, struct job, timer);
+    log_info("%s: took too long: killed", j->child.name);
+    child_signal(&j->child, SIGKILL);
+}
+
+/* j->run, arg and on_done are set by the caller. 0, or -1 and errno. */
+static int job_start(struct job *j, struct loop *loop, struct children *children, const char *name, int64_t ms)
+{
+    j->loop = loop;
+    j->child = (struct child){ .name = name, .on_exit = job_on_exit };
+    j->timer = (struct watch){ .fd = -1, .on_deadline = job_on_deadline };
+    j->report = mmap(NULL, JOB_REPORT_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (j->report == MAP_FAILED)
+        return -1;
+    if (child_spawn(children, &j->child, &(struct spawn){ .run = job_child, .arg = j,
+                    .fds = { -1, 2, 2, -1 } }) < 0) {
+        munmap(j->report, JOB_REPORT_BYTES);
+        return -1;
+    }
+    loop_after(loop, &j->timer, ms);
+    return 0;
+}
+
+/* ==== aleph: the supervisor's wire, vsock 52 =====================================
+ * One instruction for each connection; its first byte says which: a digit begins a
+ * configuration, '!' a command for the shell, 'h' halt, anything else must be a msgpack
+ * map, a request or an event. No instruction but the configuration has a length: each ends
+ * where its own syntax ends. Whatever happens an answer is sent: the host destroys a
+ * machine that says nothing. */
+enum aleph_state {
+    ALEPH_FIRST,        /* no byte yet */
+    ALEPH_CONF,         /* decimal length, newline, map */
+    ALEPH_MAP,
+    ALEPH_TEXT,         /* !command or halt */
+    ALEPH_WAITING       /* for the program, the shell, the setup or the halt */
+};
+
+struct aleph_server {
+    struct loop      *loop;
+    struct conns     *conns;
+    struct children  *children;
+    struct program   *program;
+    struct listener   listener;
+    struct aleph     *configurer;       /* who gets the answer; NULL: it has hung up */
+    struct conf       conf;             /* being applied */
+    struct job        setup;
+    enum { SETUP_NONE, SETUP_UNPACKING, SETUP_STARTING, SETUP_UNDOING, SETUP_DONE } setup_state;
+    char              old_hostname[HOSTNAME_MAX + 2];
+    struct buf        undo_text, undo_trace;    /* the answer, while the undoing runs */
+    struct aleph     *halting;          /* list: who gets STOP and STOPZ */
+    unsigned          commands;
+    void            (*on_halt)(struct aleph_server *);
+    void             *owner;
+};
+
+struct aleph {
+    struct conn          conn;      /* first member */
+    struct aleph_server *server;
+    enum aleph_state     state;
+    struct mp_scan       scan;
+    size_t               conf_bytes;        /* of the announced map; 0: not announced yet */
+    struct exchange      ex;
+    size_t               body_at, body_left;    /* request body, in conn.in */
+    struct buf           reply;
+    size_t               reply_body_at;         /* where its length stands in reply; 0: no head yet */
+    struct command      *command;
+    struct aleph        *next_halting;
+};
+
+/* ---- answers ---- */
+
+static void aleph_send(struct aleph *a, struct buf *answer)
+{
+    struct conn *c = &a->conn;
+
+    if (c->state != CONN_OPEN) {
+        buf_fini(answer);
+        return;
+    }
+    a->state = ALEPH_WAITING;
+    c->paused = true;
+    if (c->out.len == 0) {
+        buf_fini(&c->out);
+        c->out = *answer;
+    } else {
+        buf_add_span(&c->out, buf_span(answer));
+        c->out.failed |= answer->failed;
+        buf_fini(answer);
+    }
+    *answer = (struct buf){ 0 };
+    conn_finish(c);
+}
+
+/* {"error", "traceback", "output"}: the host looks for the traceback to tell a failure. */
+static void aleph_error(struct aleph *a, struct span text, struct span traceback)
+{
+    struct buf out = { 0 };
+    size_t most = (size_t)limits.error_bytes;
+
+    mp_write_map(&out, 3);
+    mp_write_key(&out, "error");
+    mp_write_text(&out, text, most);
+    mp_write_key(&out, "traceback");
+    mp_write_text(&out, traceback.n > 0 ? traceback : text, most);
+    mp_write_key(&out, "output");
+    mp_write_nil(&out);
+    aleph_send(a, &out);
+}
+
+/* The peer's mistake: told to it and logged, once each. */
+PRINTF(2, 3) static void aleph_refuse(struct aleph *a, const char *format, ...)
+{
+    char text[512];
+    va_list ap;
+
+    va_start(ap, format);
+    vsnprintf(text, sizeof text, format, ap);
+    va_end(ap);
+    log_info("aleph: refused: %s", text);
+    a->conn.linger = true;
+    buf_fini(&a->conn.in);
+    aleph_error(a, span_of(text), SPAN(""));
+}
+
+/* {"success"} or {"success", "error", "traceback"}, no key more: the host takes no others. */
+static void aleph_configured(struct aleph *a, bool ok, struct span text, struct span traceback)
+{
+    struct buf out = { 0 };
+
+    mp_write_map(&out, ok ? 1 : 3);
+    mp_write_key(&out, "success");
+    mp_write_bool(&out, ok);
+    if (!ok) {
+        mp_write_key(&out, "error");
+        mp_write_text(&out, text, 4096);
+        mp_write_key(&out, "traceback");
+        mp_write_text(&out, traceback.n > 0 ? traceback : text, (size_t)limits.error_bytes);
+    }
+    aleph_send(a, &out);
+}
+
+PRINTF(2, 3) static void aleph_refuse_conf(struct aleph *a, const char *format, ...)
+{
+    char text[512];
+    va_list ap;
+
+    va_start(ap, format);
+    vsnprintf(text, sizeof text, format, ap);
+    va_end(ap);
+    log_info("aleph: configuration refused: %s", text);
+    a->conn.linger = true;
+    buf_fini(&a->conn.in);
+    aleph_configured(a, false, span_of(text), SPAN(""));
+}
+
+/* ---- configuration: hostname, network, input data, code, program ---- */
+
+static void setup_finish(struct aleph_server *s, bool ok, struct span text, struct span traceback)
+{
+    if (ok)
+        log_info("aleph: configured");
+    else
+        log_info("aleph: configuration failed: %.*s", (int)(text.n < 400 ? text.n : 400), text.p);
+    s->setup_state = ok ? SETUP_DONE : SETUP_NONE;
+    if (s->configurer)
+        aleph_configured(s->configurer, ok, text, traceback);
+    s->configurer = NULL;
+    if (!ok) {
+        conf_fini(&s->conf);
+        program_prewarm(s->program);
+    }
+}
+
+static int setup_unpack(void *arg, struct buf *why)
+{
+    const struct conf *c = arg;
+
+    if (c->input_data.n > 0 && zip_extract(c->input_data, PATH_DATA, why) < 0)
+        return -1;
+    if (c->encoding == ENCODING_ZIP && zip_extract(c->code, PATH_CODE_ASGI, why) < 0) {
+        if (c->input_data.n > 0)
+            zip_remove(c->input_data, PATH_DATA);
+        return -1;
+    }
+    return 0;
+}
+
+static int setup_remove(void *arg, struct buf *why)
+{
+    const struct conf *c = arg;
+
+    (void)why;
+    if (c->encoding == ENCODING_ZIP)
+        zip_remove(c->code, PATH_CODE_ASGI);
+    if (c->input_data.n > 0)
+        zip_remove(c->input_data, PATH_DATA);
+    return 0;
+}
+
+static void setup_on_undone(struct job *j, bool ok, struct span report)
+{
+    struct aleph_server *s = CONTAINER(j, struct aleph_server, setup);
+
+    if (!ok)
+        log_info("aleph: undoing the configuration: %.*s", (int)report.n, report.p);
+    setup_finish(s, false, buf_span(&s->undo_text), buf_span(&s->undo_trace));
+    buf_fini(&s->undo_text);
+    buf_fini(&s->undo_trace);
+}
+
+/* Takes back what was applied before the step that failed, then answers. */
+static void setup_undo(struct aleph_server *s, struct span text, struct span traceback)
+{
+    if (s->conf.hostname[0])
+        sethostname(s->old_hostname, strlen(s->old_hostname));
+    s->setup_state = SETUP_UNDOING;
+    s->setup.run = setup_remove;
+    s->setup.on_done = setup_on_undone;
+    buf_add_span(&s->undo_text, text);
+    buf_add_span(&s->undo_trace, traceback);
+    if (job_start(&s->setup, s->loop, s->children, "undo", limits.start_ms) < 0)
+        setup_on_undone(&s->setup, false, SPAN("no child can be started"));
+}
+
+static void setup_on_started(struct program *p, bool ok, struct span text, struct span traceback)
+{
+    struct aleph_server *s = p->owner;
+
+    if (!ok) {
+        setup_undo(s, text, traceback);
+        return;
+    }
+    conf_fini(&s->conf);
+    setup_finish(s, true, text, traceback);
+}
+
+static void setup_on_unpacked(struct job *j, bool ok, struct span report)
+{
+    struct aleph_server *s = CONTAINER(j, struct aleph_server, setup);
+    struct conf program = { 0 };
+
+    if (!ok) {
+        if (s->conf.hostname[0])
+            sethostname(s->old_hostname, strlen(s->old_hostname));
+        setup_finish(s, false, report, SPAN(""));
+        return;
+    }
+    if (s->program->state != PROGRAM_NONE) {
+        setup_finish(s, false, SPAN("the machine is halting"), SPAN(""));
+    } else if (conf_copy_program(&program, &s->conf) < 0) {
+        setup_undo(s, SPAN("no memory for the configuration"), SPAN(""));
+    } else {
+        s->setup_state = SETUP_STARTING;
+        program_start(s->program, &program);
+    }
+}
+
+static void setup_start(struct aleph *a)
+{
+    struct aleph_server *s = a->server;
+    struct buf why = { 0 };
+
+    s->configurer = a;
+    a->state = ALEPH_WAITING;
+    a->conn.paused = true;
+    conn_never(&a->conn);
+    gethostname(s->old_hostname, sizeof s->old_hostname - 1);
+    if (s->conf.hostname[0] && sethostname(s->conf.hostname, strlen(s->conf.hostname)) < 0)
+        log_errno("hostname");
+    if (net_apply(&s->conf, &why) < 0) {
+        setup_finish(s, false, buf_span(&why), SPAN(""));
+        buf_fini(&why);
+        return;
+    }
+    s->setup_state = SETUP_UNPACKING;
+    s->setup.run = setup_unpack;
+    s->setup.arg = &s->conf;
+    s->setup.on_done = setup_on_unpacked;
+    if (s->conf.encoding == ENCODING_PLAIN && s->conf.input_data.n == 0)
+        setup_on_unpacked(&s->setup, true, SPAN(""));
+    else if (job_start(&s->setup, s->loop, s->children, "unpack", limits.start_ms) < 0)
+        setup_finish(s, false, SPAN("no child can be started to unpack the code"), SPAN(""));
+}
+
+/* Reads the decimal length. False: answered, or more is needed. */
+static bool aleph_conf_length(struct aleph *a)
+{
+    struct conn *c = &a->conn;
+    const char *p = buf_text(&c->in), *end = memchr(p, '\n', c->in.len);
+    size_t digits = end ? (size_t)(end - p) : c->in.len;
+    int64_t length;
+
+    if (!end && digits <= CONF_PREFIX_MAX && strspn(p, "0123456789") == digits) {
+        if (c->eof)
+            aleph_refuse_conf(a, "the connection ended within the length");
+        return false;
+    }
+    if (!number_read((struct span){ p, digits < 20 ? digits : 20 }, 1, INT64_MAX, &length) || digits > CONF_PREFIX_MAX) {
+        aleph_refuse_conf(a, "its length is no decimal number of at most %d digits and a newline", CONF_PREFIX_MAX);
+        return false;
+    }
+    if (length > limits.conf_bytes) {
+        aleph_refuse_conf(a, "%" PRId64 " bytes, at most %" PRId64, length, limits.conf_bytes);
+        return false;
+    }
+    buf_drop(&c->in, digits + 1);
+    a->conf_bytes = (size_t)length;
+    c->in_max = a->conf_bytes;
+    mp_scan_init(&a->scan);
+    return true;
+}
+
+static void aleph_on_conf(struct aleph *a)
+{
+    struct aleph_server *s = a->server;
+    struct conn *c = &a->conn;
+    struct buf why = { 0 };
+    const char *wrong = "";
+
+    if (s->setup_state != SETUP_NONE) {
+        aleph_refuse_conf(a, s->setup_state == SETUP_DONE ? "this machine is configured already"
+                          : "another configuration is being applied");
+        return;
+    }
+    if (a->conf_bytes == 0 && !aleph_conf_length(a))
+        return;
+    enum scan scan = mp_scan(&a->scan, buf_at(&c->in), c->in.len, a->conf_bytes, &wrong);
+    if (scan == SCAN_BAD || (scan == SCAN_DONE && a->scan.pos < a->conf_bytes)) {
+        aleph_refuse_conf(a, "malformed at byte %zu of %zu: %s", a->scan.pos, a->conf_bytes,
+                          scan == SCAN_BAD ? wrong : "the map ends before its announced length");
+        return;
+    }
+    if (c->in.len < a->conf_bytes || scan == SCAN_MORE) {
+        if (c->eof)
+            aleph_refuse_conf(a, "the connection ended after %zu of %zu bytes", c->in.len, a->conf_bytes);
+        else if (c->in.len >= a->conf_bytes)
+            aleph_refuse_conf(a, "its map does not end within %zu bytes", a->conf_bytes);
+        return;
+    }
+    if (c->in.len > a->conf_bytes) {
+        aleph_refuse_conf(a, "%zu bytes after its announced length", c->in.len - a->conf_bytes);
+        return;
+    }
+    s->conf.raw = c->in;
+    c->in = (struct buf){ 0 };
+    if (conf_read_msgpack(&s->conf, &why) < 0) {
+        conf_fini(&s->conf);
+        aleph_refuse_conf(a, "%s", buf_text(&why));
+    } else {
+        setup_start(a);
+    }
+    buf_fini(&why);
+}
+
+/* ---- requests and events ---- */
+
+static void aleph_on_room(struct exchange *ex)
+{
+    struct aleph *a = CONTAINER(ex, struct aleph, ex);
+
+    while (a->body_left > 0) {
+        size_t room = exchange_room(ex), n = room < a->body_left ? room : a->body_left;
+        if (n == 0)
+            return;
+        struct span piece = { buf_at(&a->conn.in) + a->body_at, n };
+        a->body_at += n;
+        a->body_left -= n;
+        exchange_body(ex, piece, a->body_left == 0);
+    }
+    buf_fini(&a->conn.in);
+}
+
+static size_t aleph_reply_max(void)
+{
+    struct sysinfo info;
+    uint64_t quarter = sysinfo(&info) == 0 ? (uint64_t)info.totalram * info.mem_unit / 4 : UINT64_MAX;
+
+    return quarter < (uint64_t)limits.reply_bytes ? (size_t)quarter : (size_t)limits.reply_bytes;
+}
+
+/* The reply is built where it will be sent from: the body's length is filled in at the end. */
+static void aleph_on_head(struct exchange *ex, const struct response_head *h)
+{
+    struct aleph *a = CONTAINER(ex, struct aleph, ex);
+    struct span rest = h->fields, name, value;
+    uint32_t kept = 0;
+
+    while (field_next(&rest, &name, &value))
+        kept += !field_is_hop_by_hop(name);
+    mp_write_map(&a->reply, 4);
+    mp_write_key(&a->reply, "headers");
+    mp_write_map(&a->reply, 3);
+    mp_write_key(&a->reply, "type");
+    mp_write_key(&a->reply, "http.response.start");
+    mp_write_key(&a->reply, "status");
+    mp_write_uint(&a->reply, (uint64_t)h->status);
+    mp_write_key(&a->reply, "headers");
+    mp_write_array(&a->reply, kept);
+    for (rest = h->fields; field_next(&rest, &name, &value);) {
+        struct buf text = { 0 };
+        if (field_is_hop_by_hop(name))
+            continue;
+        mp_write_array(&a->reply, 2);
+        mp_write_bin(&a->reply, name);
+        utf8_add_latin1(&text, value);      /* the host decodes as UTF-8 */
+        mp_write_bin(&a->reply, buf_span(&text));
+        a->reply.failed |= text.failed;
+        buf_fini(&text);
+    }
+    mp_write_key(&a->reply, "body");
+    mp_write_map(&a->reply, 2);
+    mp_write_key(&a->reply, "type");
+    mp_write_key(&a->reply, "http.response.body");
+    mp_write_key(&a->reply, "body");
+    mp_write_head(&a->reply, 0xc6, 0, 4);   /* bin 32 */
+    a->reply_body_at = a->reply.len;
+}
+
+static void aleph_on_data(struct exchange *ex, struct span data)
+{
+    struct aleph *a = CONTAINER(ex, struct aleph, ex);
+    size_t most = aleph_reply_max();
+
+    if (a->reply.len + data.n > most) {
+        buf_fini(&a->reply);
+        exchange_cancel_fail(ex, FAILURE_BAD_RESPONSE, "the response is larger than %zu bytes", most);
+        return;
+    }
+    if (buf_add_span(&a->reply, data) < 0) {
+        buf_fini(&a->reply);
+        exchange_cancel_fail(ex, FAILURE_NO_MEMORY, "no memory for the response");
+        return;
+    }
+    exchange_consumed(ex, data.n);
+}
+
+static void aleph_on_event_end(struct aleph *a)
+{
+    struct buf out = { 0 };
+    struct mp_in in = { buf_at(&a->reply), a->reply.len };
+
+    mp_write_map(&out, 4);
+    mp_write_key(&out, "headers");
+    mp_write_map(&out, 0);
+    mp_write_key(&out, "body");
+    if (a->reply.len == 0)
+        mp_write_map(&out, 0);
+    else
+        buf_add_span(&out, buf_span(&a->reply));
+    mp_write_key(&out, "output");
+    mp_write_key(&out, "");
+    mp_write_key(&out, "output_data");
+    mp_write_nil(&out);
+    if (a->reply.len == 0 || (mp_skip(&in) && in.n == 0)) {
+        aleph_send(a, &out);
+        return;
+    }
+    buf_fini(&out);
+    aleph_error(a, SPAN("the program answered the event with what is no msgpack"), SPAN(""));
+}
+
+static void aleph_on_end(struct exchange *ex)
+{
+    struct aleph *a = CONTAINER(ex, struct aleph, ex);
+    struct buf *out = &a->reply;
+
+    if (a->reply_body_at == 0) {
+        aleph_on_event_end(a);
+        return;
+    }
+    uint64_t n = out->len - a->reply_body_at;
+    mp_write_key(out, "output");
+    mp_write_key(out, "");
+    mp_write_key(out, "output_data");
+    mp_write_nil(out);
+    if (out->failed) {
+        aleph_error(a, SPAN("no memory for the response"), SPAN(""));
+        return;
+    }
+    for (size_t i = 0; i < 4; i++)
+        out->data[out->start + a->reply_body_at - 4 + i] = (char)(n >> (24 - 8 * i));
+    aleph_send(a, out);
+}
+
+static void aleph_on_fail(struct exchange *ex, enum failure kind, struct span text, struct span traceback)
+{
+    (void)kind;
+    aleph_error(CONTAINER(ex, struct aleph, ex), text, traceback);
+}
+
+static const struct front aleph_front = {
+    .on_room = aleph_on_room, .on_head = aleph_on_head, .on_data = aleph_on_data,
+    .on_end = aleph_on_end, .on_fail = aleph_on_fail,
+};
+
+/* The scope's values as they stand in the message. p is NULL: the key is missing. */
+struct aleph_scope {
+    struct span  type, method, path, query, body;
+    struct mp_in headers;
+};
+
+static bool aleph_read_value(struct mp_in *in, struct span *out)
+{
+    return mp_read_bytes(in, MP_STR, out) || mp_read_bytes(in, MP_BIN, out);
+}
+
+/* NULL, or what is wrong. Unknown keys are passed over. */
+static const char *aleph_read_scope(struct mp_in *in, struct aleph_scope *out)
+{
+    uint64_t pairs;
+    struct span key;
+
+    if (!mp_read_count(in, MP_MAP, &pairs))
+        return "scope: expected a map";
+    while (pairs-- > 0) {
+        if (!mp_read_bytes(in, MP_STR, &key))
+            return "scope: a key is not a string";
+        if (span_eq(key, "type") && !mp_read_bytes(in, MP_STR, &out->type))
+            return "scope.type: expected a string";
+        else if (span_eq(key, "method") && !aleph_read_value(in, &out->method))
+            return "scope.method: expected a string";
+        else if (span_eq(key, "path") && !aleph_read_value(in, &out->path))
+            return "scope.path: expected a string";
+        else if (span_eq(key, "query_string") && !aleph_read_value(in, &out->query))
+            return "scope.query_string: expected a string";
+        else if (span_eq(key, "body") && !aleph_read_value(in, &out->body))
+            return "scope.body: expected bytes";
+        else if (span_eq(key, "headers")) {
+            out->headers = *in;
+            if (mp_peek(in) != MP_ARRAY || !mp_skip(in))
+                return "scope.headers: expected a list";
+        } else if (!span_eq(key, "type") && !span_eq(key, "method") && !span_eq(key, "path")
+                   && !span_eq(key, "query_string") && !span_eq(key, "body") && !mp_skip(in))
+            return "scope: malformed";
+    }
+    return NULL;
+}
+
+static bool field_is_named_in(struct span connection, struct span name)
+{
+    while (connection.n > 0) {
+        const char *comma = memchr(connection.p, ',', connection.n);
+        struct span item = { connection.p, comma ? (size_t)(comma - connection.p) : connection.n };
+        size_t step = item.n + (comma ? 1 : 0);
+        while (item.n > 0 && (item.p[0] == ' ' || item.p[0] == '\t'))
+            item = (struct span){ item.p + 1, item.n - 1 };
+        while (item.n > 0 && (item.p[item.n - 1] == ' ' || item.p[item.n - 1] == '\t'))
+            item.n--;
+        if (item.n == name.n && strncasecmp(item.p, name.p, name.n) == 0)
+            return true;
+        connection = (struct span){ connection.p + step, connection.n - step };
+    }
+    return false;
+}
+
+static void request_add_field(struct request *r, struct span name, struct span value)
+{
+    for (size_t i = 0; i < name.n; i++)
+        buf_add_byte(&r->text, (unsigned char)tolower((unsigned char)name.p[i]));
+    buf_add_byte(&r->text, 0);
+    buf_add_span(&r->text, value);
+    buf_add_byte(&r->text, 0);
+    r->fields_count++;
+}
+
+/* Copies the list into r, hop-by-hop fields, those that Connection names and the length
+ * left out: the message is not sent on, it is made anew. NULL, or what is wrong. */
+static const char *aleph_read_fields(struct mp_in in, struct request *r, struct span body)
+{
+    struct span name, value, connection = { 0 };
+    struct mp_in again = in;
+    uint64_t count, two;
+    bool had_length = false;
+    char length[24];
+
+    mp_read_count(&in, MP_ARRAY, &count);
+    if (count > (uint64_t)limits.head_fields)
+        return "scope.headers: too many";
+    for (uint64_t i = 0; i < count; i++) {
+        if (!mp_read_count(&in, MP_ARRAY, &two) || two != 2 || !aleph_read_value(&in, &name)
+            || !aleph_read_value(&in, &value))
+            return "scope.headers: expected a list of pairs of bytes";
+        if (!field_name_ok(name))
+            return "scope.headers: a name is no token";
+        if (!field_value_ok(value))
+            return "scope.headers: a value holds control bytes";
+        if (span_eq_nocase(name, "connection"))
+            connection = value;
+    }
+    mp_read_count(&again, MP_ARRAY, &count);
+    for (uint64_t i = 0; i < count; i++) {
+        mp_read_count(&again, MP_ARRAY, &two);
+        aleph_read_value(&again, &name);
+        aleph_read_value(&again, &value);
+        if (span_eq_nocase(name, "content-length"))
+            had_length = true;
+        else if (!field_is_hop_by_hop(name) && !field_is_named_in(connection, name))
+            request_add_field(r, name, value);
+    }
+    if (had_length || body.n > 0) {
+        snprintf(length, sizeof length, "%zu", body.n);
+        request_add_field(r, SPAN("content-length"), span_of(length));
+    }
+    return NULL;
+}
+
+/* Makes the request of a scope: what came decoded is encoded again. NULL, or what is wrong. */
+static const char *aleph_build_request(const struct aleph_scope *s, struct request *r)
+{
+    if (!s->method.p || !field_name_ok(s->method))
+        return s->method.p ? "scope.method: no token" : "scope.method: missing";
+    if (!s->path.p || s->path.n == 0 || s->path.p[0] != '/')
+        return s->path.p ? "scope.path: does not begin with /" : "scope.path: missing";
+    if (s->path.n + s->query.n > (size_t)limits.http_target_bytes)
+        return "scope.path and query_string: too long";
+    if (!s->query.p)
+        return "scope.query_string: missing";
+    if (!s->headers.p)
+        return "scope.headers: missing";
+    if (!s->body.p)
+        return "scope.body: missing";
+    if (s->body.n > (size_t)limits.body_bytes)
+        return "scope.body: larger than the limit for a request body";
+    r->http_version = "1.1";
+    r->has_body = s->body.n > 0;
+    r->method = request_part_begin(r);
+    buf_add_span(&r->text, s->method);
+    request_part_end(r, &r->method);
+    r->raw_path = request_part_begin(r);
+    percent_encode_path(&r->text, s->path);
+    request_part_end(r, &r->raw_path);
+    r->query = request_part_begin(r);
+    percent_encode_query(&r->text, s->query);
+    request_part_end(r, &r->query);
+    r->fields = request_part_begin(r);
+    const char *wrong = aleph_read_fields(s->headers, r, s->body);
+    request_part_end(r, &r->fields);
+    return wrong;
+}
+
+static const char *aleph_build_event(const struct aleph_scope *s, struct request *r)
+{
+    if (!s->body.p)
+        return "scope.body: missing";
+    r->is_event = true;
+    r->event = request_part_begin(r);
+    buf_add_span(&r->text, s->body);
+    request_part_end(r, &r->event);
+    return NULL;
+}
+
+/* Takes a whole instruction apart and passes it on. */
+static void aleph_run_map(struct aleph *a)
+{
+    struct conn *c = &a->conn;
+    struct mp_in in = { buf_at(&c->in), a->scan.pos };
+    struct aleph_scope scope = { 0 };
+    const char *wrong = "no key \"scope\"";
+    uint64_t pairs = 0;
+    struct span key;
+
+    if (!mp_read_count(&in, MP_MAP, &pairs))
+        wrong = "expected a map";
+    while (pairs-- > 0) {
+        if (!mp_read_bytes(&in, MP_STR, &key)) {
+            wrong = "a key is not a string";
+            break;
+        }
+        if (span_eq(key, "scope") && (wrong = aleph_read_scope(&in, &scope)))
+            break;
+        if (!span_eq(key, "scope"))
+            mp_skip(&in);
+    }
+    if (!wrong && !scope.type.p)
+        wrong = "scope.type: missing";
+    if (!wrong)
+        wrong = span_eq(scope.type, "http") ? aleph_build_request(&scope, &a->ex.request)
+              : span_eq(scope.type, "aleph.message") ? aleph_build_event(&scope, &a->ex.request)
+              : "scope.type: neither http nor aleph.message";
+    if (!wrong && a->ex.request.text.failed)
+        wrong = "no memory for it";
+    if (wrong) {
+        request_fini(&a->ex.request);
+        aleph_refuse(a, "instruction: %s", wrong);
+        return;
+    }
+    a->state = ALEPH_WAITING;
+    c->paused = true;
+    conn_never(c);
+    if (a->ex.request.has_body) {
+        a->body_at = (size_t)(scope.body.p - buf_at(&c->in));
+        a->body_left = scope.body.n;
+    } else {
+        buf_fini(&c->in);
+    }
+    a->ex.front = &aleph_front;
+    program_request(a->server->program, &a->ex);
+}
+
+static void aleph_on_map(struct aleph *a)
+{
+    struct conn *c = &a->conn;
+    uint64_t most = (uint64_t)limits.body_bytes + (uint64_t)limits.http_head_bytes + (uint64_t)limits.http_target_bytes;
+    const char *wrong = "";
+
+    c->in_max = (size_t)most + CONN_READ_BYTES;
+    switch (mp_scan(&a->scan, buf_at(&c->in), c->in.len, most, &wrong)) {
+    case SCAN_BAD:
+        aleph_refuse(a, "instruction: malformed at byte %zu: %s (body at most %" PRId64 " bytes)",
+                     a->scan.pos, wrong, limits.body_bytes);
+        break;
+    case SCAN_MORE:
+        if (c->eof)
+            aleph_refuse(a, "instruction: the connection ended within its map, after %zu bytes", c->in.len);
+        break;
+    case SCAN_DONE:
+        if (a->server->setup_state != SETUP_DONE && a->server->program->state == PROGRAM_NONE)
+            aleph_refuse(a, "instruction: no program is configured yet");
+        else
+            aleph_run_map(a);
+    }
+}
+
+/* ---- !command and halt ---- */
+
+/* One shell command; it outlives its connection until it is reaped. */
+struct command {
+    struct watch         pipe;      /* first member: its output */
+    struct child         child;
+    struct watch         timer;
+    struct aleph_server *server;
+    struct aleph        *aleph;     /* NULL: nobody reads */
+    int64_t              left;      /* output bytes that may still come */
+    bool                 dead;
+};
+
+static void command_bury(struct watch *w)
+{
+    free(CONTAINER(w, struct command, pipe));
+}
+
+/* The shell has ended and its output was read: what it left in the background goes too. */
+static void command_end(struct command *cmd, const char *why)
+{
+    struct aleph *a = cmd->aleph;
+
+    child_signal(&cmd->child, SIGKILL);
+    if (!cmd->pipe.buried)
+        loop_want(cmd->server->loop, &cmd->pipe, 0);
+    if (a) {
+        cmd->aleph = NULL;
+        a->command = NULL;
+        buf_add_text(&a->conn.out, why);
+        conn_finish(&a->conn);
+    }
+    if (!cmd->dead || cmd->pipe.buried)
+        return;
+    cmd->server->commands--;
+    loop_never(cmd->server->loop, &cmd->timer);
+    loop_bury(cmd->server->loop, &cmd->pipe, command_bury);
+}
+
+/* Passes output on while the peer keeps up. */
+static void command_read(struct command *cmd)
+{
+    char bytes[16384];
+
+    for (int i = 0; i < 8 && cmd->aleph && cmd->aleph->conn.out.len < CONN_OUT_HIGH; i++) {
+        ssize_t n = SYS_READ(cmd->pipe.fd, bytes, sizeof bytes);
+        if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
+            if (cmd->dead)
+                command_end(cmd, "");
+            return;
+        }
+        if (n <= 0) {
+            loop_want(cmd->server->loop, &cmd->pipe, 0);
+            if (cmd->dead)
+                command_end(cmd, "");
+            return;
+        }
+        if ((cmd->left -= n) < 0) {
+            log_info("aleph: !command: more than %" PRId64 " bytes of output: killed", limits.command_out_bytes);
+            command_end(cmd, "\nagent: too much output, killed\n");
+            return;
+        }
+        buf_add(&cmd->aleph->conn.out, bytes, (size_t)n);
+        conn_soon(&cmd->aleph->conn);
+    }
+    if (cmd->aleph)
+        loop_want(cmd->server->loop, &cmd->pipe,
+                  cmd->aleph->conn.out.len < CONN_OUT_HIGH ? EPOLLIN : 0);
+}
+
+static void command_on_event(struct watch *w, uint32_t events)
+{
+    (void)events;
+    command_read(CONTAINER(w, struct command, pipe));
+}
+
+static void command_on_exit(struct child *c, int status)
+{
+    struct command *cmd = CONTAINER(c, struct command, child);
+
+    (void)status;
+    cmd->dead = true;
+    if (cmd->aleph)
+        command_read(cmd);
+    else
+        command_end(cmd, "");
+}
+
+static void command_on_deadline(struct watch *t)
+{
+    struct command *cmd = CONTAINER(t, struct command, timer);
+    log_info("aleph: !command: longer than %" PRId64 " ms: killed", limits.command_ms);
+    command_end(cmd, "\nagent: took too long, killed\n");
+}
+
+static int command_start(struct aleph *a, const char *text)
+{
+    struct aleph_server *s = a->server;
+    struct command *cmd = calloc(1, sizeof *cmd);
+    char *argv[] = { "/bin/sh", "-c", (char *)(uintptr_t)text, NULL };
+    int ends[2] = { -1, -1 };
+    int rc = -1;
+
+    if (!cmd)
+        return -1;
+    char **env = program_env(&s->program->conf);
+    if (env && pipe2(ends, O_CLOEXEC) == 0 && fd_nonblock(ends[0]) == 0) {
+        *cmd = (struct command){ .server = s, .aleph = a, .left = limits.command_out_bytes,
+            .pipe = { .fd = ends[0], .on_event = command_on_event },
+            .timer = { .fd = -1, .on_deadline = command_on_deadline },
+            .child = { .name = "!command", .on_exit = command_on_exit } };
+        rc = child_spawn(s->children, &cmd->child, &(struct spawn){ .argv = argv, .envp = env,
+                         .cwd = "/", .fds = { -1, ends[1], ends[1], -1 } });
+    }
+    for (size_t i = 0; env && env[i]; i++)
+        free(env[i]);
+    free(env);
+    fd_close(&ends[1]);
+    if (rc < 0) {
+        fd_close(&ends[0]);
+        free(cmd);
+        return -1;
+    }
+    loop_want(s->loop, &cmd->pipe, EPOLLIN);
+    loop_after(s->loop, &cmd->timer, limits.command_ms);
+    a->command = cmd;
+    s->commands++;
+    return 0;
+}
+
+static void aleph_run_command(struct aleph *a, size_t length)
+{
+    struct conn *c = &a->conn;
+    char *text = span_dup((struct span){ buf_at(&c->in) + 1, length - 1 });
+
+    a->state = ALEPH_WAITING;
+    c->paused = true;
+    conn_never(c);
+    buf_fini(&c->in);
+    if (a->server->commands >= (unsigned)limits.commands)
+        aleph_refuse(a, "!command: %" PRId64 " are running already", limits.commands);
+    else if (!text || command_start(a, text) < 0)
+        aleph_refuse(a, "!command: cannot be started: %s", strerror(errno));
+    free(text);
+}
+
+static void aleph_run_halt(struct aleph *a)
+{
+    struct aleph_server *s = a->server;
+
+    a->state = ALEPH_WAITING;
+    a->conn.paused = true;
+    conn_never(&a->conn);
+    a->next_halting = s->halting;
+    s->halting = a;
+    s->on_halt(s);
+}
+
+/* `done`: no byte will follow, or has for command_gap_ms. */
+static void aleph_on_text(struct aleph *a, bool done)
+{
+    struct conn *c = &a->conn;
+    const char *p = buf_at(&c->in), *end = memchr(p, '\n', c->in.len);
+    size_t n = end ? (size_t)(end - p) : c->in.len;
+
+    if (p[0] == 'h') {
+        if (n >= 4 && memcmp(p, "halt", 4) == 0 && (n == 4 || (n == 5 && p[4] == '\r')))
+            aleph_run_halt(a);
+        else if (done || end || n >= 4 || memcmp(p, "halt", n) != 0)
+            aleph_refuse(a, "\"%.*s\" is no instruction", (int)(n < 32 ? n : 32), p);
+        return;
+    }
+    if (n > (size_t)limits.command_bytes)
+        aleph_refuse(a, "!command: more than %" PRId64 " bytes", limits.command_bytes);
+    else if (end || done)
+        aleph_run_command(a, n);
+    else
+        conn_after(c, limits.command_gap_ms);
+}
+
+/* ---- the connection ---- */
+
+static void aleph_on_first(struct aleph *a)
+{
+    struct conn *c = &a->conn;
+    unsigned char first = (unsigned char)buf_at(&c->in)[0];
+
+    conn_after(c, limits.head_ms);
+    if (isdigit(first)) {
+        a->state = ALEPH_CONF;
+    } else if (first == '!' || first == 'h') {
+        a->state = ALEPH_TEXT;
+    } else if ((first & 0xf0) == 0x80 || first == 0xde || first == 0xdf) {
+        a->state = ALEPH_MAP;
+        mp_scan_init(&a->scan);
+    } else {
+        aleph_refuse(a, "its first byte, 0x%02x, begins no instruction", first);
+    }
+}
+
+static void aleph_on_input(struct conn *c)
+{
+    struct aleph *a = CONTAINER(c, struct aleph, conn);
+
+    if (a->state == ALEPH_FIRST && c->in.len > 0)
+        aleph_on_first(a);
+    if (a->state == ALEPH_FIRST && c->eof) {
+        conn_close(c);              /* somebody looked whether we listen */
+        return;
+    }
+    if (a->state == ALEPH_CONF) {
+        conn_after(c, limits.head_ms);      /* it may be large: what counts is that it goes on */
+        aleph_on_conf(a);
+    } else if (a->state == ALEPH_MAP) {
+        conn_after(c, limits.head_ms);
+        aleph_on_map(a);
+    } else if (a->state == ALEPH_TEXT) {
+        aleph_on_text(a, c->eof);
+    }
+}
+
+static void aleph_on_sent(struct conn *c)
+{
+    struct aleph *a = CONTAINER(c, struct aleph, conn);
+    if (a->command)
+        command_read(a->command);
+}
+
+static void aleph_on_deadline(struct conn *c)
+{
+    struct aleph *a = CONTAINER(c, struct aleph, conn);
+
+    switch (a->state) {
+    case ALEPH_FIRST:
+        aleph_refuse(a, "no byte within %" PRId64 " ms", limits.silent_ms);
+        break;
+    case ALEPH_CONF:
+        aleph_refuse_conf(a, "stalled for %" PRId64 " ms", limits.head_ms);
+        break;
+    case ALEPH_MAP:
+        aleph_refuse(a, "instruction: stalled for %" PRId64 " ms", limits.head_ms);
+        break;
+    case ALEPH_TEXT:
+        aleph_on_text(a, true);
+        break;
+    case ALEPH_WAITING:
+        break;
+    }
+}
+
+static void aleph_on_close(struct conn *c)
+{
+    struct aleph *a = CONTAINER(c, struct aleph, conn);
+    struct aleph_server *s = a->server;
+
+    exchange_cancel(&a->ex);
+    request_fini(&a->ex.request);
+    buf_fini(&a->reply);
+    if (a->command) {
+        a->command->aleph = NULL;
+        command_end(a->command, "");
+        a->command = NULL;
+    }
+    if (s->configurer == a) {
+        log_info("aleph: the host hung up before the answer to its configuration");
+        s->configurer = NULL;
+    }
+    for (struct aleph **at = &s->halting; *at; at = &(*at)->next_halting)
+        if (*at == a) {
+            *at = a->next_halting;
+            break;
+        }
+}
+
+static void aleph_on_free(struct conn *c)
+{
+    free(CONTAINER(c, struct aleph, conn));
+}
+
+static const struct proto aleph_proto = {
+    .name = "aleph", .on_input = aleph_on_input, .on_sent = aleph_on_sent,
+    .on_deadline = aleph_on_deadline, .on_close = aleph_on_close, .on_free = aleph_on_free,
+};
+
+static void aleph_on_accept(struct listener *l, int fd)
+{
+    struct aleph_server *s = l->arg;
+    struct aleph *a = calloc(1, sizeof *a);
+
+    if (!a || conn_open(&a->conn, s->conns, &aleph_proto, fd, CONN_OPEN) < 0) {
+        log_info("aleph: no memory for a connection");
+        if (!a)
+            fd_close(&fd);
+        free(a);
+        return;
+    }
+    a->server = s;
+    conn_after(&a->conn, limits.silent_ms);
+}
+
+/* The disks are safe: tells every host that waits. */
+static void aleph_say_stopped(struct aleph_server *s)
+{
+    while (s->halting) {
+        struct aleph *a = s->halting;
+        s->halting = a->next_halting;
+        buf_add_text(&a->conn.out, "STOP\nSTOPZ\n");
+        conn_finish(&a->conn);
+    }
+}
+
+static int aleph_open(struct aleph_server *s)
+{
+    s->program->owner = s;
+    s->program->on_started = setup_on_started;
+    s->listener.all = s->conns;
+    s->listener.on_accept = aleph_on_accept;
+    s->listener.arg = s;
+    return listener_open(&s->listener);
+}
+
+/* ==== http: the front for everybody, vsock 80 ====================================
+ * HTTP/1.1 (RFC 9112) through llhttp in its strict mode; what that lets through and a
+ * server must not is refused here (http_check_*). One exchange at a time: requests that
+ * are pipelined wait in the input buffer. A response is streamed as it comes. */
+enum http_state {
+    HTTP_IN_HEAD,          /* between requests, or in a head */
+    HTTP_IN_BODY,          /* the request goes to the program; its response may come already */
+    HTTP_ANSWERING       /* the request is complete */
+};
+
+struct http_server {
+    struct loop    *loop;
+    struct conns   *conns;
+    struct program *program;
+    struct listener listener;
+};
+
+struct http {
+    struct conn         conn;       /* first member */
+    struct http_server *server;
+    enum http_state     state;
+    llhttp_t            parser;
+    struct exchange     ex;
+    const char         *wrong;      /* why the request is refused, set by a callback */
+    int                 wrong_status;
+    struct part         authority, name;            /* in ex.request.text */
+    size_t              head_bytes, extra_bytes;    /* of this request: head; extensions, trailers */
+    int64_t             body_bytes;
+    unsigned            hosts, codings;             /* Host and Transfer-Encoding fields */
+    bool                head_done, request_done, response_done, head_sent;
+    bool                expects;                    /* 100-continue */
+    bool                keep_alive, is_head;
+    bool                served;                     /* a request before this one was answered */
+    bool                chunked;                    /* our response is */
+    bool                no_body;                    /* our response has none */
+    size_t              owed;       /* response bytes not yet credited to the program */
+};
+
+/* Adds the reason phrase, for people: BAD_GATEWAY becomes "Bad Gateway". */
+static void http_add_phrase(struct buf *out, int status)
+{
+    static const struct { int status; const char *name; } phrases[] = {
+#define HTTP_PHRASE(number, name, string) { number, #string },
+        HTTP_STATUS_MAP(HTTP_PHRASE)
+    };
+    size_t i = 0;
+
+    while (i < COUNT(phrases) && phrases[i].status != status)
+        i++;
+    if (i == COUNT(phrases))
+        return;
+    bool start = true, whole = status == 200;       /* "OK" is spelled so */
+    for (const char *p = phrases[i].name; *p; p++) {
+        buf_add_byte(out, (unsigned char)(*p == '_' ? ' ' : start || whole ? *p : tolower((unsigned char)*p)));
+        start = *p == '_';
+    }
+}
+
+static void http_add_status_line(struct buf *out, int status)
+{
+    buf_add_format(out, "HTTP/1.1 %d ", status);
+    http_add_phrase(out, status);
+    buf_add_text(out, "\r\n");
+}
+
+/* IMF-fixdate, RFC 9110 section 5.6.7. */
+static void http_add_date(struct buf *out)
+{
+    char text[64];
+    time_t now = time(NULL);
+    struct tm utc;
+
+    gmtime_r(&now, &utc);
+    strftime(text, sizeof text, "date: %a, %d %b %Y %H:%M:%S GMT\r\n", &utc);
+    buf_add_text(out, text);
+}
+
+/* ---- answers of our own ---- */
+
+/* A whole response with one line of text, after which the connection ends. */
+static void http_answer(struct http *h, int status, struct span text)
+{
+    struct buf *out = &h->conn.out;
+
+    http_add_status_line(out, status);
+    buf_add_format(out, "content-type: text/plain; charset=utf-8\r\n"
+                   "content-length: %zu\r\nconnection: close\r\n", text.n + 1);
+    http_add_date(out);
+    buf_add_text(out, "\r\n");
+    if (!h->is_head) {
+        buf_add_span(out, text);
+        buf_add_text(out, "\n");
+    }
+    h->head_sent = h->response_done = true;
+    h->conn.linger = !h->request_done;
+    conn_finish(&h->conn);
+}
+
+/* The client's mistake. */
+static void http_refuse(struct http *h, int status, const char *why)
+{
+    log_info("http: refused with %d: %s", status, why);
+    exchange_cancel(&h->ex);
+    if (h->head_sent)
+        conn_close(&h->conn);
+    else
+        http_answer(h, status, span_of(why));
+}
+
+/* ---- the program's answer ---- */
+
+static void http_on_head(struct exchange *ex, const struct response_head *head)
+{
+    struct http *h = CONTAINER(ex, struct http, ex);
+    struct buf *out = &h->conn.out;
+    struct span rest = head->fields, name, value;
+    bool dated = false, is_11 = h->parser.http_minor == 1;
+
+    h->no_body = h->is_head || head->status == 204 || head->status == 304;
+    h->chunked = !h->no_body && head->content_length < 0 && is_11;
+    if (!h->no_body && head->content_length < 0 && !is_11)
+        h->keep_alive = false;      /* its end is the connection's */
+    http_add_status_line(out, head->status);
+    while (field_next(&rest, &name, &value)) {
+        if (field_is_hop_by_hop(name) || (head->status == 204 && span_eq_nocase(name, "content-length")))
+            continue;
+        dated = dated || span_eq_nocase(name, "date");
+        buf_add_span(out, name);
+        buf_add_text(out, ": ");
+        buf_add_span(out, value);
+        buf_add_text(out, "\r\n");
+    }
+    if (!dated)
+        http_add_date(out);
+    if (h->chunked)
+        buf_add_text(out, "transfer-encoding: chunked\r\n");
+    if (!h->keep_alive)
+        buf_add_text(out, "connection: close\r\n");
+    else if (!is_11)
+        buf_add_text(out, "connection: keep-alive\r\n");
+    buf_add_text(out, "\r\n");
+    h->head_sent = true;
+    conn_after(&h->conn, limits.send_ms);
+    conn_soon(&h->conn);
+}
+
+static void http_on_data(struct exchange *ex, struct span data)
+{
+    struct http *h = CONTAINER(ex, struct http, ex);
+    struct buf *out = &h->conn.out;
+
+    if (h->no_body) {
+        exchange_consumed(ex, data.n);
+        return;
+    }
+    if (ex->body_left >= 0 && (ex->body_left -= (int64_t)data.n) < 0) {
+        exchange_cancel_fail(ex, FAILURE_BAD_RESPONSE, "the program sent more than its Content-Length");
+        return;
+    }
+    if (h->chunked)
+        buf_add_format(out, "%zx\r\n", data.n);
+    buf_add_span(out, data);
+    if (h->chunked)
+        buf_add_text(out, "\r\n");
+    h->owed += data.n;
+    conn_after(&h->conn, limits.send_ms);
+    conn_soon(&h->conn);
+}
+
+static void http_finish_exchange(struct http *h);
+
+static void http_on_end(struct exchange *ex)
+{
+    struct http *h = CONTAINER(ex, struct http, ex);
+
+    if (!h->no_body && ex->body_left > 0) {
+        log_info("http: the program sent %" PRId64 " bytes less than its Content-Length", ex->body_left);
+        conn_close(&h->conn);
+        return;
+    }
+    if (h->chunked)
+        buf_add_text(&h->conn.out, "0\r\n\r\n");
+    h->response_done = true;
+    http_finish_exchange(h);
+}
+
+static void http_on_fail(struct exchange *ex, enum failure kind, struct span text, struct span traceback)
+{
+    struct http *h = CONTAINER(ex, struct http, ex);
+    struct buf clean = { 0 };
+
+    (void)traceback;                /* for the log, which has it, not for a remote client */
+    if (h->head_sent) {
+        conn_close(&h->conn);       /* cut short: the only way left to say so */
+        return;
+    }
+    utf8_add(&clean, text);
+    http_answer(h, failure_status[kind], buf_span(&clean));
+    buf_fini(&clean);
+}
+
+static void http_on_room(struct exchange *ex)
+{
+    conn_soon(&CONTAINER(ex, struct http, ex)->conn);
+}
+
+static const struct front http_front = {
+    .on_room = http_on_room, .on_head = http_on_head, .on_data = http_on_data,
+    .on_end = http_on_end, .on_fail = http_on_fail,
+};
+
+/* ---- parsing: callbacks copy and return ---- */
+
+static int http_wrong(struct http *h, int status, const char *why)
+{
+    h->wrong = why;
+    h->wrong_status = status;
+    return -1;
+}
+
+static struct http *http_of(llhttp_t *parser)
+{
+    return CONTAINER(parser, struct http, parser);
+}
+
+static int http_on_url(llhttp_t *parser, const char *p, size_t n)
+{
+    struct http *h = http_of(parser);
+
+    if (h->ex.request.text.len + n > (size_t)limits.http_target_bytes)
+        return http_wrong(h, 414, "the request target is too long");
+    buf_add(&h->ex.request.text, p, n);
+    return 0;
+}
+
+/* Trailers come through the same callbacks, after the body began: they are dropped. */
+static int http_on_trailer(struct http *h, size_t n)
+{
+    h->extra_bytes += n;
+    return h->extra_bytes > (size_t)limits.http_chunk_ext_bytes
+         ? http_wrong(h, 400, "chunk extensions or trailers are too long") : 0;
+}
+
+static int http_on_field(llhttp_t *parser, const char *p, size_t n)
+{
+    struct http *h = http_of(parser);
+
+    if (h->head_done)
+        return http_on_trailer(h, n);
+    for (size_t i = 0; i < n; i++)
+        buf_add_byte(&h->ex.request.text, (unsigned char)tolower((unsigned char)p[i]));
+    return 0;
+}
+
+static int http_on_field_complete(llhttp_t *parser)
+{
+    struct http *h = http_of(parser);
+
+    if (h->head_done)
+        return 0;
+    request_part_end(&h->ex.request, &h->name);
+    return buf_add_byte(&h->ex.request.text, 0);
+}
+
+static int http_on_value(llhttp_t *parser, const char *p, size_t n)
+{
+    struct http *h = http_of(parser);
+
+    if (h->head_done)
+        return http_on_trailer(h, n);
+    return buf_add(&h->ex.request.text, p, n);
+}
+
+static bool http_host_ok(struct span host)              /* RFC 9112 section 3.2 */
+{
+    for (size_t i = 0; i < host.n; i++) {
+        unsigned char c = (unsigned char)host.p[i];
+        if (!is_unreserved(c) && !(c && strchr("!$&'()*+,;=:[]%", c)))
+            return false;
+    }
+    return host.n > 0;
+}
+
+/* The fields that decide how a message is read; llhttp has its own idea of them, which a
+ * proxy before us need not share: whatever is ambiguous is refused. */
+static int http_check_field(struct http *h, struct span name, struct span value)
+{
+    int64_t length;
+
+    if (!field_name_ok(name) || !field_value_ok(value))
+        return http_wrong(h, 400, "a field holds bytes that it must not");
+    if (span_eq(name, "host") && (h->hosts++ > 0 || !http_host_ok(value)))
+        return http_wrong(h, 400, h->hosts > 1 ? "two Host fields" : "a Host that is no host");
+    if (span_eq(name, "content-length") && !number_read(value, 0, INT64_MAX, &length))
+        return http_wrong(h, 400, "a Content-Length that is no number");
+    if (span_eq(name, "transfer-encoding")) {
+        if (h->codings++ > 0)
+            return http_wrong(h, 400, "two Transfer-Encoding fields");
+        if (!span_eq_nocase(value, "chunked"))
+            return http_wrong(h, 501, "a Transfer-Encoding other than chunked");
+    }
+    if (span_eq(name, "expect")) {
+        if (!span_eq_nocase(value, "100-continue"))
+            return http_wrong(h, 417, "an Expect other than 100-continue");
+        h->expects = true;
+    }
+    return 0;
+}
+
+static int http_on_value_complete(llhttp_t *parser)
+{
+    struct http *h = http_of(parser);
+    struct request *r = &h->ex.request;
+
+    if (h->head_done)
+        return 0;
+    size_t at = h->name.at + h->name.n + 1;
+    struct span name = request_part(r, h->name);
+    struct span value = { buf_at(&r->text) + at, r->text.len - at };
+    if (http_check_field(h, name, value) < 0)
+        return -1;
+    if (field_is_hop_by_hop(name)) {
+        r->text.len = h->name.at;           /* ends at this connection */
+    } else {
+        if (span_eq(name, "host") && h->authority.n > 0) {      /* RFC 9112 section 3.2.2 */
+            r->text.len = at;
+            struct buf copy = { 0 };
+            buf_add_span(&copy, request_part(r, h->authority));
+            buf_add_span(&r->text, buf_span(&copy));
+            buf_fini(&copy);
+        }
+        buf_add_byte(&r->text, 0);
+        if (++r->fields_count > (uint32_t)limits.head_fields)
+            return http_wrong(h, 431, "too many fields");
+    }
+    h->name = request_part_begin(r);
+    return r->text.failed ? http_wrong(h, 503, "no memory for the head") : 0;
+}
+
+/* The target is complete: origin-form, absolute-form or '*' (RFC 9112 section 3.2). */
+static int http_on_url_complete(llhttp_t *parser)
+{
+    struct http *h = http_of(parser);
+    struct request *r = &h->ex.request;
+    struct span all = buf_span(&r->text), s = all;
+
+    if (s.n > 7 && (strncasecmp(s.p, "http://", 7) == 0 || strncasecmp(s.p, "https://", 8) == 0)) {
+        size_t skip = s.p[4] == ':' ? 7 : 8;
+        s = (struct span){ s.p + skip, s.n - skip };
+        h->authority.at = (uint32_t)skip;
+        while (h->authority.n < s.n && !strchr("/?#", s.p[h->authority.n]))
+            h->authority.n++;
+        if (!http_host_ok((struct span){ s.p, h->authority.n }))
+            return http_wrong(h, 400, "a request target whose host is none");
+        s = (struct span){ s.p + h->authority.n, s.n - h->authority.n };
+    } else if (s.n == 0 || (s.p[0] != '/' && !(span_eq(s, "*") && parser->method == HTTP_OPTIONS))) {
+        return http_wrong(h, 400, "a request target of unknown form");
+    }
+    if (memchr(s.p, '#', s.n))
+        return http_wrong(h, 400, "a request target with a fragment");
+    const char *mark = s.n ? memchr(s.p, '?', s.n) : NULL;
+    r->raw_path = (struct part){ (uint32_t)(s.p - all.p), (uint32_t)(mark ? (size_t)(mark - s.p) : s.n) };
+    r->query = (struct part){ r->raw_path.at + r->raw_path.n + (mark ? 1 : 0),
+                              (uint32_t)(s.n - r->raw_path.n - (mark ? 1 : 0)) };
+    if (r->raw_path.n == 0) {               /* "http://host" asks for "/" */
+        r->raw_path = request_part_begin(r);
+        buf_add_byte(&r->text, '/');
+        request_part_end(r, &r->raw_path);
+    }
+    r->method = request_part_begin(r);
+    buf_add_text(&r->text, llhttp_method_name((llhttp_method_t)parser->method));
+    request_part_end(r, &r->method);
+    r->fields = h->name = request_part_begin(r);
+    return 0;
+}
+
+static int http_check_head(struct http *h)
+{
+    const llhttp_t *p = &h->parser;
+
+    if (p->method == HTTP_PRI || p->method == HTTP_CONNECT || p->method == HTTP_TRACE)
+        return http_wrong(h, p->method == HTTP_PRI ? 505 : 405, "a method that is not served");
+    if (p->http_major != 1 || p->http_minor > 1)
+        return http_wrong(h, 505, "neither HTTP/1.0 nor HTTP/1.1");
+    if (p->http_minor == 1 && h->hosts == 0)
+        return http_wrong(h, 400, "no Host field");
+    if (p->http_minor == 0 && h->codings > 0)
+        return http_wrong(h, 400, "Transfer-Encoding in HTTP/1.0");
+    if (p->flags & F_CONTENT_LENGTH && (p->content_length > INT64_MAX
+        || (int64_t)p->content_length > limits.http_body_bytes))
+        return http_wrong(h, 413, "the body is larger than the limit");
+    return 0;
+}
+
+static int http_on_headers_complete(llhttp_t *parser)
+{
+    struct http *h = http_of(parser);
+    struct request *r = &h->ex.request;
+
+    if (http_check_head(h) < 0)
+        return -1;
+    request_part_end(r, &r->fields);
+    r->http_version = parser->http_minor == 1 ? "1.1" : "1.0";
+    r->has_body = parser->flags & F_CHUNKED || parser->content_length > 0;
+    h->is_head = parser->method == HTTP_HEAD;
+    h->keep_alive = llhttp_should_keep_alive(parser);
+    parser->upgrade = 0;                    /* RFC 9110 section 7.8: may be ignored */
+    h->head_done = true;
+    return HPE_PAUSED;
+}
+
+static int http_on_body(llhttp_t *parser, const char *p, size_t n)
+{
+    struct http *h = http_of(parser);
+
+    if ((h->body_bytes += (int64_t)n) > limits.http_body_bytes)
+        return http_wrong(h, 413, "the body is larger than the limit");
+    exchange_body(&h->ex, (struct span){ p, n }, false);
+    return 0;
+}
+
+static int http_on_message_complete(llhttp_t *parser)
+{
+    struct http *h = http_of(parser);
+
+    h->request_done = true;
+    if (parser->flags & F_CHUNKED || parser->content_length > 0 || h->body_bytes > 0)
+        exchange_body(&h->ex, SPAN(""), true);
+    return HPE_PAUSED;
+}
+
+static int http_on_extension(llhttp_t *parser, const char *p, size_t n)
+{
+    (void)p;
+    return http_on_trailer(http_of(parser), n);
+}
+
+static const llhttp_settings_t http_settings = {
+    .on_url = http_on_url, .on_url_complete = http_on_url_complete,
+    .on_header_field = http_on_field, .on_header_field_complete = http_on_field_complete,
+    .on_header_value = http_on_value, .on_header_value_complete = http_on_value_complete,
+    .on_headers_complete = http_on_headers_complete, .on_body = http_on_body,
+    .on_message_complete = http_on_message_complete,
+    .on_chunk_extension_name = http_on_extension, .on_chunk_extension_value = http_on_extension,
+};
+
+/* ---- the connection ---- */
+
+static void http_reset(struct http *h)
+{
+    llhttp_init(&h->parser, HTTP_REQUEST, &http_settings);
+    request_fini(&h->ex.request);
+    h->state = HTTP_IN_HEAD;
+    h->authority = h->name = (struct part){ 0 };
+    h->head_bytes = h->extra_bytes = h->owed = 0;
+    h->body_bytes = 0;
+    h->hosts = h->codings = 0;
+    h->head_done = h->request_done = h->response_done = h->head_sent = false;
+    h->expects = h->keep_alive = h->is_head = h->chunked = h->no_body = false;
+}
+
+/* Both directions done: next request or the end. */
+static void http_finish_exchange(struct http *h)
+{
+    struct conn *c = &h->conn;
+
+    if (!h->request_done) {         /* it answered without reading all: what is left is not ours to parse */
+        c->linger = true;
+        h->keep_alive = false;
+    }
+    if (!h->keep_alive) {
+        conn_finish(c);
+        return;
+    }
+    http_reset(h);
+    h->served = true;
+    c->paused = false;
+    conn_after(c, limits.idle_ms);
+    conn_soon(c);
+}
+
+/* Gives `n` bytes of input to the parser and drops what it took. False: the request was refused. */
+static bool http_feed(struct http *h, size_t n)
+{
+    struct conn *c = &h->conn;
+    const char *from = c->in.len > 0 ? buf_at(&c->in) : "";
+    llhttp_errno_t error = llhttp_execute(&h->parser, from, n);
+    size_t used = error == HPE_OK ? n : (size_t)(llhttp_get_error_pos(&h->parser) - from);
+
+    if (!h->head_done)
+        h->head_bytes += used;
+    if (error == HPE_OK || error == HPE_PAUSED) {
+        if (error == HPE_PAUSED)
+            llhttp_resume(&h->parser);
+        buf_drop(&c->in, used);
+        return true;
+    }
+    if (h->wrong)
+        http_refuse(h, h->wrong_status, h->wrong);
+    else
+        http_refuse(h, 400, llhttp_get_error_reason(&h->parser));
+    return false;
+}
+
+static void http_on_request(struct http *h)
+{
+    bool has_body = h->ex.request.has_body;
+
+    h->state = has_body ? HTTP_IN_BODY : HTTP_ANSWERING;
+    h->request_done = h->conn.paused = !has_body;
+    conn_never(&h->conn);
+    if (h->expects && has_body && h->parser.http_minor == 1)
+        buf_add_text(&h->conn.out, "HTTP/1.1 100 Continue\r\n\r\n");
+    h->ex.front = &http_front;
+    program_request(h->server->program, &h->ex);
+}
+
+static void http_read_head(struct http *h)
+{
+    struct conn *c = &h->conn;
+    size_t left = (size_t)limits.http_head_bytes - h->head_bytes;
+
+    if (h->head_bytes == 0)
+        conn_after(c, limits.head_ms);
+    if (!http_feed(h, c->in.len < left ? c->in.len : left))
+        return;
+    if (h->head_done)
+        http_on_request(h);
+    else if (h->head_bytes >= (size_t)limits.http_head_bytes)
+        http_refuse(h, 431, "the head is too large");
+}
+
+/* Hands on as much of the body as the program takes now. */
+static void http_read_body(struct http *h)
+{
+    struct conn *c = &h->conn;
+    size_t room = exchange_room(&h->ex), n = room < c->in.len ? room : c->in.len;
+
+    if (n > 0 && !http_feed(h, n))
+        return;
+    if (h->request_done) {
+        h->state = HTTP_ANSWERING;
+        c->paused = true;
+        conn_never(c);
+    } else if (c->eof && c->in.len == 0) {
+        log_info("http: the client left within its request");
+        conn_close(c);
+    } else if (c->in.len == 0) {
+        conn_after(c, limits.body_ms);
+    } else if (c->out.len == 0) {
+        conn_never(c);              /* the program reads when it likes */
+    }
+}
+
+/* Goes on as far as input and the program's appetite allow. */
+static void http_on_input(struct conn *c)
+{
+    struct http *h = CONTAINER(c, struct http, conn);
+
+    while (c->state == CONN_OPEN && h->state == HTTP_IN_HEAD && c->in.len > 0)
+        http_read_head(h);
+    if (c->state == CONN_OPEN && h->state == HTTP_IN_BODY)
+        http_read_body(h);
+    if (c->state == CONN_OPEN && h->state == HTTP_IN_HEAD && c->eof)
+        conn_close(c);
+}
+
+static void http_on_sent(struct conn *c)
+{
+    struct http *h = CONTAINER(c, struct http, conn);
+
+    if (c->out.len < CONN_OUT_HIGH && h->owed > 0) {
+        size_t n = h->owed;
+        h->owed = 0;
+        exchange_consumed(&h->ex, n);
+    }
+    if (c->out.len > 0)
+        conn_after(c, limits.send_ms);
+    else if (h->state == HTTP_ANSWERING)
+        conn_never(c);
+}
+
+static void http_on_deadline(struct conn *c)
+{
+    struct http *h = CONTAINER(c, struct http, conn);
+
+    if (c->out.len > 0) {
+        log_info("http: the client read nothing for %" PRId64 " ms, closed", limits.send_ms);
+        conn_close(c);
+    } else if (h->state == HTTP_IN_BODY) {
+        http_refuse(h, 408, "the body stalled");
+    } else if (h->head_bytes > 0) {
+        http_refuse(h, 408, "the head took too long");
+    } else if (!h->served) {
+        http_refuse(h, 408, "no request came");
+    } else {
+        conn_close(c);              /* idle between requests: its right */
+    }
+}
+
+static void http_on_close(struct conn *c)
+{
+    struct http *h = CONTAINER(c, struct http, conn);
+    exchange_cancel(&h->ex);
+    request_fini(&h->ex.request);
+}
+
+static void http_on_free(struct conn *c)
+{
+    free(CONTAINER(c, struct http, conn));
+}
+
+static const struct proto http_proto = {
+    .name = "http", .on_input = http_on_input, .on_sent = http_on_sent,
+    .on_deadline = http_on_deadline, .on_close = http_on_close, .on_free = http_on_free,
+};
+
+static void http_on_accept(struct listener *l, int fd)
+{
+    struct http_server *s = l->arg;
+    struct http *h = calloc(1, sizeof *h);
+
+    if (!h || conn_open(&h->conn, s->conns, &http_proto, fd, CONN_OPEN) < 0) {
+        log_info("http: no memory for a connection");
+        if (!h)
+            fd_close(&fd);
+        free(h);
+        return;
+    }
+    h->server = s;
+    http_reset(h);
+    conn_after(&h->conn, limits.silent_ms);
+}
+
+static int http_open(struct http_server *s)
+{
+    s->listener.all = s->conns;
+    s->listener.on_accept = http_on_accept;
+    s->listener.arg = s;
+    s->listener.full = "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+    return listener_open(&s->listener);
+}
+static int call_main(int argc, char **argv) { (void)argc; (void)argv; struct buf b = {0}; return zip_pack("x", &b, &b); }
+
+/* ==== forward: one listener, one target, bytes both ways =========================
+ * For the host: reach a guest's port from tools that know nothing of vsock. */
+struct forward {
+    struct loop    *loop;
+    struct conns   *conns;
+    struct listener listener;
+    struct address  target;
+};
+
+/* One end; its peer is the other. A pair ends when both directions have. */
+struct pump {
+    struct conn     conn;           /* first member */
+    struct forward *forward;
+    struct pump    *peer;           /* NULL: it has ended */
+    bool            handshake;      /* hybrid: OK has not come yet */
+    bool            sent_eof;       /* shutdown(2) was passed on to this end */
+};
+
+/* Moves what one end has read to the other, as far as that keeps up. */
+static void pump_move(struct pump *from, struct pump *to)
+{
+    struct conn *in = &from->conn, *out = &to->conn;
+
+    if (out->state != CONN_OPEN || to->handshake || from->handshake)
+        return;
+    if (in->in.len > 0 && out->out.len < CONN_OUT_HIGH) {
+        if (in->in.len >= in->in_max)
+            conn_soon(in);              /* it stopped reading: it may go on */
+        buf_add_span(&out->out, buf_span(&in->in));
+        buf_drop(&in->in, in->in.len);
+        conn_soon(out);
+    }
+    if (in->eof && in->in.len == 0 && out->out.len == 0 && !to->sent_eof) {
+        to->sent_eof = true;
+        shutdown(out->watch.fd, SHUT_WR);
+        if (out->eof)
+            conn_close(out);
+    }
+}
+
+/* Firecracker's answer to CONNECT: one line, OK and a number. */
+static void pump_on_handshake(struct pump *p)
+{
+    struct conn *c = &p->conn;
+    const char *end = c->in.len ? memchr(buf_at(&c->in), '\n', c->in.len) : NULL;
+
+    if (!end) {
+        if (c->eof || c->in.len > 64) {
+            fprintf(stderr, "agent: %s: nobody listens on port %u in the guest\n", p->forward->target.text,
+                    p->forward->target.port);
+            conn_close(c);
+        }
+        return;
+    }
+    if (memcmp(buf_at(&c->in), "OK", 2) != 0) {
+        fprintf(stderr, "agent: %s: refused\n", p->forward->target.text);
+        conn_close(c);
+        return;
+    }
+    buf_drop(&c->in, (size_t)(end - buf_at(&c->in)) + 1);
+    p->handshake = false;
+    if (p->peer)
+        conn_soon(&p->peer->conn);
+}
+
+static void pump_on_input(struct conn *c)
+{
+    struct pump *p = CONTAINER(c, struct pump, conn);
+
+    if (p->handshake)
+        pump_on_handshake(p);
+    if (p->peer && !p->handshake && c->state == CONN_OPEN) {
+        pump_move(p, p->peer);
+        if (p->peer)
+            pump_move(p->peer, p);
+    }
+}
+
+static void pump_on_sent(struct conn *c)
+{
+    struct pump *p = CONTAINER(c, struct pump, conn);
+    if (p->peer && c->out.len < CONN_OUT_HIGH)
+        conn_soon(&p->peer->conn);
+}
+
+static void pump_on_deadline(struct conn *c)
+{
+    conn_close(c);
+}
+
+static void pump_on_close(struct conn *c)
+{
+    struct pump *p = CONTAINER(c, struct pump, conn), *peer = p->peer;
+
+    if (!peer)
+        return;
+    p->peer = peer->peer = NULL;
+    if (c->in.len > 0 && !p->handshake)     /* its last words */
+        buf_add_span(&peer->conn.out, buf_span(&c->in));
+    conn_finish(&peer->conn);
+}
+
+static void pump_on_free(struct conn *c)
+{
+    free(CONTAINER(c, struct pump, conn));
+}
+
+static const struct proto pump_proto = {
+    .name = "forward", .on_input = pump_on_input, .on_sent = pump_on_sent,
+    .on_deadline = pump_on_deadline, .on_close = pump_on_close, .on_free = pump_on_free,
+};
+
+static void forward_on_accept(struct listener *l, int fd)
+{
+    struct forward *f = l->arg;
+    struct pump *near = calloc(1, sizeof *near), *far = calloc(1, sizeof *far);
+    int target = near && far ? address_connect(&f->target) : -1;
+
+    if (target < 0) {
+        fprintf(stderr, "agent: %s: %s\n", f->target.text, strerror(errno));
+        fd_close(&fd);
+        free(near);
+        free(far);
+        return;
+    }
+    near->forward = far->forward = f;
+    if (conn_open(&near->conn, f->conns, &pump_proto, fd, CONN_OPEN) < 0) {
+        fd_close(&target);
+        free(near);
+        free(far);
+        return;
+    }
+    if (conn_open(&far->conn, f->conns, &pump_proto, target, CONN_CONNECTING) < 0) {
+        free(far);
+        conn_close(&near->conn);
+        return;
+    }
+    near->peer = far;
+    far->peer = near;
+    if (f->target.kind == ADDRESS_HYBRID) {
+        far->handshake = true;
+        buf_add_format(&far->conn.out, "CONNECT %u\n", f->target.port);
+    }
+}
+
+static int forward_main(int argc, char **argv)
+{
+    struct loop loop;
+    struct conns conns = { .loop = &loop };
+    struct forward f = { .loop = &loop, .conns = &conns };
+
+    if (argc != 3 || strcmp(argv[1], "--help") == 0) {
+        fputs("usage: agent forward LISTEN TARGET\n"
+              "\n"
+              "Carries bytes between each connection to LISTEN and a new one to TARGET.\n"
+              "Both are ", stderr);
+        fprintf(stderr, "%s.\n"
+              "\n"
+              "  agent forward tcp:127.0.0.1:8080 hybrid:v.sock:80     a guest's port 80 on this machine\n",
+              address_forms);
+        return argc > 1 && strcmp(argv[1], "--help") == 0 ? EXIT_OK : EXIT_USAGE;
+    }
+    if (!address_parse(&f.listener.address, argv[1]) || f.listener.address.kind == ADDRESS_HYBRID)
+        die("cannot listen on %s: expected %s", argv[1], address_forms);
+    if (!address_parse(&f.target, argv[2]) || f.target.kind == ADDRESS_FD || f.target.kind == ADDRESS_VSOCK)
+        die("cannot connect to %s: expected unix:, tcp: or hybrid:", argv[2]);
+    signal(SIGPIPE, SIG_IGN);
+    f.listener.all = &conns;
+    f.listener.on_accept = forward_on_accept;
+    f.listener.arg = &f;
+    if (loop_init(&loop) < 0 || listener_open(&f.listener) < 0)
+        die("%s: %s", argv[1], strerror(errno));
+    loop_run(&loop);
+    return EXIT_OK;
+}
+
+/* ==== init: PID 1 ================================================================ */
+struct options {
+    const char *listen, *http, *ready;      /* addresses; ready: a sandbox, no vsock, no reboot */
+};
+
+struct agent {
+    struct loop         loop;
+    struct conns        conns;
+    struct children     children;
+    struct program      program;
+    struct aleph_server aleph;
+    struct http_server  http;
+    struct boot         boot;
+    struct options      options;
+    struct watch        signals;
+    struct address      host;               /* where ready is said */
+    struct conn         ready;              /* its connection */
+    struct watch        ready_timer;
+    struct watch        late_timer;         /* the rest of boot, if the host does not answer at once */
+    bool                ready_said, booted;
+    struct job          sync;
+    struct watch        halt_timer;
+    enum { HALT_NO, HALT_PROGRAM, HALT_SYNC, HALT_ANSWER } halt_state;
+};
+
+static bool agent_is_sandboxed(const struct agent *a)
+{
+    return a->options.ready != NULL;
+}
+
+/* ---- ready ---- */
+
+static void agent_on_ready_said(struct agent *a);
+static void agent_boot_late(struct agent *a);      /* it waits for ready, ready must not wait for it */
+
+static void ready_on_input(struct conn *c)
+{
+    struct agent *a = CONTAINER(c, struct agent, ready);
+
+    if (!a->ready_said && c->out.len == 0)
+        agent_on_ready_said(a);
+    if (c->eof)
+        conn_close(c);
+}
+
+static void ready_on_sent(struct conn *c)
+{
+    struct agent *a = CONTAINER(c, struct agent, ready);
+    if (c->out.len == 0)
+        agent_on_ready_said(a);
+}
+
+static void ready_on_deadline(struct conn *c)
+{
+    conn_close(c);
+}
+
+static void ready_on_close(struct conn *c)
+{
+    (void)c;
+}
+
+/* The connection is part of struct agent: what is freed here is only its turn. */
+static void ready_on_free(struct conn *c)
+{
+    struct agent *a = CONTAINER(c, struct agent, ready);
+    if (!a->ready_said)
+        loop_after(&a->loop, &a->ready_timer, limits.ready_retry_ms);
+    agent_boot_late(a);
+}
+
+static const struct proto ready_proto = {
+    .name = "ready", .on_input = ready_on_input, .on_sent = ready_on_sent,
+    .on_deadline = ready_on_deadline, .on_close = ready_on_close, .on_free = ready_on_free,
+};
+
+/* Connects and sends in one go: a connection without the message would mean version 1. The
+ * host may not listen yet, as it binds its end after starting us: refusals are normal. */
+static void ready_try(struct watch *timer)
+{
+    struct agent *a = CONTAINER(timer, struct agent, ready_timer);
+    int fd = address_connect(&a->host);
+
+    a->ready = (struct conn){ 0 };
+    if (fd < 0 || conn_open(&a->ready, &a->conns, &ready_proto, fd, CONN_CONNECTING) < 0) {
+        log_debug("ready: %s", strerror(errno));
+        loop_after(&a->loop, &a->ready_timer, limits.ready_retry_ms);
+        return;
+    }
+    mp_write_map(&a->ready.out, 1);
+    mp_write_key(&a->ready.out, "version");
+    mp_write_key(&a->ready.out, ALEPH_VERSION);
+    conn_after(&a->ready, 5000);
+}
+
+/* ---- halt ---- */
+
+static void halt_now(struct agent *a)
+{
+    log_info("halt: reboot");
+    log_flush();
+    if (agent_is_sandboxed(a))
+        exit(EXIT_OK);
+    reboot(RB_AUTOBOOT);
+    log_errno("reboot");
+    reboot(RB_POWER_OFF);
+}
+
+static int halt_sync(void *arg, struct buf *why)
+{
+    struct statvfs fs;
+
+    (void)why;
+    sync();
+    if (!agent_is_sandboxed(arg) && statvfs("/", &fs) == 0 && !(fs.f_flag & ST_RDONLY))
+        mount(NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL);   /* an overlay refuses; it is only memory */
+    return 0;
+}
+
+/* Synced, or out of time: answers, and gives the answer a moment to leave. */
+static void halt_answer(struct agent *a)
+{
+    if (a->halt_state == HALT_ANSWER)
+        return;
+    a->halt_state = HALT_ANSWER;
+    bool anybody = a->aleph.halting != NULL;
+    aleph_say_stopped(&a->aleph);
+    loop_after(&a->loop, &a->halt_timer, anybody ? 200 : 0);
+}
+
+static void halt_on_synced(struct job *j, bool ok, struct span report)
+{
+    struct agent *a = CONTAINER(j, struct agent, sync);
+
+    if (!ok)
+        log_info("halt: sync: %.*s", (int)report.n, report.p);
+    halt_answer(a);
+}
+
+static void halt_on_stopped(struct program *p)
+{
+    struct agent *a = CONTAINER(p, struct agent, program);
+
+    if (a->halt_state != HALT_PROGRAM)
+        return;
+    a->halt_state = HALT_SYNC;
+    a->sync.run = halt_sync;
+    a->sync.arg = a;
+    a->sync.on_done = halt_on_synced;
+    if (job_start(&a->sync, &a->loop, &a->children, "sync", limits.halt_ms) < 0)
+        halt_answer(a);
+}
+
+static void halt_on_deadline(struct watch *t)
+{
+    struct agent *a = CONTAINER(t, struct agent, halt_timer);
+
+    if (a->halt_state == HALT_ANSWER)
+        halt_now(a);
+    log_info("halt: not done within %" PRId64 " ms: goes on without", limits.halt_ms);
+    halt_answer(a);
+}
+
+static void agent_halt(struct agent *a, const char *reason)
+{
+    if (a->halt_state == HALT_ANSWER)
+        aleph_say_stopped(&a->aleph);
+    if (a->halt_state != HALT_NO)
+        return;
+    log_info("halt: %s", reason);
+    a->halt_state = HALT_PROGRAM;
+    loop_after(&a->loop, &a->halt_timer, limits.halt_ms);
+    program_stop(&a->program);
+}
+
+static void agent_on_aleph_halt(struct aleph_server *s)
+{
+    agent_halt(s->owner, "asked by the host");
+}
+
+/* ---- signals ---- */
+
+static void agent_reap(struct agent *a)
+{
+    if (child_reap(&a->children, 1024))
+        loop_soon(&a->loop, &a->signals);       /* others have their turn first */
+}
+
+static void agent_on_signal(struct watch *w, uint32_t events)
+{
+    struct agent *a = CONTAINER(w, struct agent, signals);
+    struct signalfd_siginfo info;
+
+    while (events && read(w->fd, &info, sizeof info) == sizeof info)
+        if (info.ssi_signo != SIGCHLD)
+            agent_halt(a, strsignal((int)info.ssi_signo));
+    agent_reap(a);
+}
+
+/* SIGCHLD, and the three that mean halt: SIGTERM, SIGINT (ctrl-alt-del, reboot(2)) and
+ * SIGPWR. Every other that can be ignored is. */
+static int agent_signals(struct agent *a)
+{
+    sigset_t wanted;
+    struct sigaction ignore = { .sa_handler = SIG_IGN };
+
+    sigemptyset(&wanted);
+    sigaddset(&wanted, SIGCHLD);
+    sigaddset(&wanted, SIGTERM);
+    sigaddset(&wanted, SIGINT);
+    sigaddset(&wanted, SIGPWR);
+    for (int sig = 1; sig < NSIG; sig++)
+        if (!sigismember(&wanted, sig) && sig != SIGSEGV && sig != SIGBUS && sig != SIGFPE
+            && sig != SIGILL && sig != SIGABRT)
+            sigaction(sig, &ignore, NULL);
+    sigprocmask(SIG_BLOCK, &wanted, NULL);
+    a->signals = (struct watch){ .fd = signalfd(-1, &wanted, SFD_CLOEXEC | SFD_NONBLOCK),
+                                 .on_event = agent_on_signal };
+    return a->signals.fd < 0 ? -1 : loop_want(&a->loop, &a->signals, EPOLLIN);
+}
+
+/* ---- boot ---- */
+
+/* agent.limit.NAME=VALUE and agent.log=LEVEL; the kernel's own words are not ours. */
+static void agent_option(char *word)
+{
+    const char *wrong = NULL;
+
+    if (strncmp(word, "agent.limit.", 12) == 0)
+        wrong = limit_set(word + 12);
+    else if (strcmp(word, "agent.log=debug") == 0)
+        agent_log.level = LOG_DEBUG;
+    else if (strcmp(word, "agent.log=info") == 0)
+        agent_log.level = LOG_INFO;
+    else if (strncmp(word, "agent.", 6) == 0)
+        wrong = "no such option";
+    if (wrong)
+        log_info("kernel command line: %s: %s", word, wrong);
+}
+
+static void agent_read_command_line(void)
+{
+    struct buf line = { 0 };
+    char *rest;
+
+    if (file_load("/proc/cmdline", &line, 64 << 10) == 0) {
+        buf_text(&line);
+        for (char *word = strtok_r(line.data + line.start, " \n", &rest); word; word = strtok_r(NULL, " \n", &rest))
+            agent_option(word);
+    }
+    buf_fini(&line);
+}
+
+/* All that ready needs. */
+static void agent_boot_early(struct agent *a)
+{
+    static const char *const vsock[] = { "virtio_pci", "virtio_mmio", "vmw_vsock_virtio_transport", NULL };
+    struct boot *b = &a->boot;
+
+    for (size_t i = 0; i < COUNT(boot_mounts_early); i++)
+        boot_mount(&boot_mounts_early[i]);
+    boot_console();
+    boot_stage(b, "proc, dev");
+    if (!agent_is_sandboxed(a)) {
+        agent_read_command_line();
+        boot_overlay();
+        boot_stage(b, "overlay");
+        if (!boot_has_vsock()) {
+            boot_modules(vsock);
+            boot_stage(b, "modules");
+        }
+        reboot(RB_DISABLE_CAD);     /* ctrl-alt-del becomes SIGINT */
+    }
+    boot_protect();
+}
+
+/* What a program expects, before a configuration is answered. */
+static void agent_boot_late(struct agent *a)
+{
+    struct boot *b = &a->boot;
+
+    if (a->booted)
+        return;
+    a->booted = true;
+    loop_never(&a->loop, &a->late_timer);
+    for (size_t i = 0; i < COUNT(boot_mounts_late); i++)
+        boot_mount(&boot_mounts_late[i]);
+    boot_stage(b, "sys, run, pts, shm");
+    if (!agent_is_sandboxed(a)) {
+        a->children.has_cgroup = cgroup_mount() == 0 && access(PATH_CGROUP "/program/cgroup.procs", W_OK) == 0;
+        boot_stage(b, "cgroup");
+    }
+    net_loopback();
+    boot_stage(b, "loopback");
+    program_prewarm(&a->program);
+    boot_stage(b, "prewarm");
+}
+
+static void agent_on_late(struct watch *timer)
+{
+    agent_boot_late(CONTAINER(timer, struct agent, late_timer));
+}
+
+/* The host has been told and is thinking: time for the rest. */
+static void agent_on_ready_said(struct agent *a)
+{
+    if (a->ready_said)
+        return;
+    a->ready_said = true;
+    boot_stage(&a->boot, "ready said");
+    log_info("ready %.1f ms after init started", (double)(kernel_us() - a->boot.start_us) / 1e3);
+    conn_finish(&a->ready);
+    agent_boot_late(a);
+    boot_print(&a->boot);
+}
+
+static void agent_listen(struct agent *a)
+{
+    struct address *wire = &a->aleph.listener.address, *http = &a->http.listener.address;
+
+    a->aleph.loop = a->http.loop = a->conns.loop = &a->loop;
+    a->aleph.conns = a->http.conns = &a->conns;
+    a->aleph.children = &a->children;
+    a->aleph.program = a->http.program = &a->program;
+    a->aleph.owner = a;
+    a->aleph.on_halt = agent_on_aleph_halt;
+    a->program.on_stopped = halt_on_stopped;
+    if (agent_is_sandboxed(a)) {
+        address_parse(wire, a->options.listen);
+        address_parse(&a->host, a->options.ready);
+    } else {
+        *wire = (struct address){ .text = "vsock:52", .fd = -1 };
+        address_vsock(wire, VMADDR_CID_ANY, PORT_ALEPH);
+        *http = (struct address){ .text = "vsock:80", .fd = -1 };
+        address_vsock(http, VMADDR_CID_ANY, PORT_HTTP);
+        a->host = (struct address){ .text = "the host", .fd = -1 };
+        address_vsock(&a->host, VMADDR_CID_HOST, PORT_ALEPH);
+    }
+    if (aleph_open(&a->aleph) < 0)
+        log_errno("listen on %s", wire->text);
+    if (a->options.http)
+        address_parse(http, a->options.http);
+    if (http->text && http_open(&a->http) < 0)
+        log_errno("listen on %s", http->text);
+}
+
+static const char init_usage[] =
+    "usage: agent init --listen ADDRESS --ready ADDRESS [--http ADDRESS] [--limit NAME=VALUE]... [--log debug]\n"
+    "\n"
+    "As PID 1 of a machine the agent needs no option. These are for a sandbox (unshare(1)): vsock is\n"
+    "not touched, no module is loaded, and halt exits instead of rebooting.\n"
+    "\n"
+    "  --listen   where the supervisor's instructions come in, instead of vsock port 52\n"
+    "  --http     where HTTP requests for the program come in, instead of vsock port 80\n"
+    "  --ready    where to connect to and say that the machine is ready, instead of CID 2 port 52\n";
+
+/* 0, or the exit code of a command line that makes no sense. */
+static int init_options(struct options *o, int argc, char **argv)
+{
+    for (int i = 1; i < argc; i++) {
+        const char *value = i + 1 < argc ? argv[i + 1] : "";
+        struct address parsed;
+        bool is_address = strcmp(argv[i], "--listen") == 0 || strcmp(argv[i], "--http") == 0
+                       || strcmp(argv[i], "--ready") == 0;
+        const char *wrong = NULL;
+
+        if (is_address && (!address_parse(&parsed, value) || parsed.kind == ADDRESS_VSOCK))
+            wrong = "expected unix:PATH, tcp:HOST:PORT or fd:N";
+        else if (strcmp(argv[i], "--listen") == 0)
+            o->listen = value;
+        else if (strcmp(argv[i], "--http") == 0)
+            o->http = value;
+        else if (strcmp(argv[i], "--ready") == 0)
+            o->ready = value;
+        else if (strcmp(argv[i], "--limit") == 0)
+            wrong = limit_set(value);
+        else if (strcmp(argv[i], "--log") == 0 && strcmp(value, "debug") == 0)
+            agent_log.level = LOG_DEBUG;
+        else
+            wrong = "no such option";
+        if (wrong) {
+            fprintf(stderr, "agent init: %s %s: %s\n\n%s", argv[i], value, wrong, init_usage);
+            return EXIT_USAGE;
+        }
+        i++;
+    }
+    if (!o->ready != !o->listen || (o->http && !o->ready)) {
+        fputs(init_usage, stderr);
+        return EXIT_USAGE;
+    }
+    return 0;
+}
+
+static int init_main(int argc, char **argv, bool is_machine)
+{
+    static struct agent a;          /* for the life of the machine */
+
+    a.boot.start_us = kernel_us();
+    if (!is_machine) {
+        int wrong = init_options(&a.options, argc, argv);
+        if (wrong || !a.options.ready)
+            return wrong ? wrong : (fputs(init_usage, stderr), EXIT_USAGE);
+    }
+    if (getpid() != 1)
+        die("init must be process 1: of a machine, or of a namespace (unshare --pid --fork)");
+    umask(022);
+    agent_boot_early(&a);
+    loop_init(&a.loop);
+    program_init(&a.program, &a.loop, &a.children);
+    a.halt_timer = (struct watch){ .fd = -1, .on_deadline = halt_on_deadline };
+    a.ready_timer = (struct watch){ .fd = -1, .on_deadline = ready_try };
+    a.late_timer = (struct watch){ .fd = -1, .on_deadline = agent_on_late };
+    agent_signals(&a);
+    agent_listen(&a);
+    boot_stage(&a.boot, "listen");
+    ready_try(&a.ready_timer);
+    loop_after(&a.loop, &a.late_timer, limits.ready_retry_ms);
+    loop_run(&a.loop);
+    halt_now(&a);
+    return EXIT_OK;
+}
+
+/* ==== main ======================================================================= */
+static const char usage[] =
+    "agent " AGENT_VERSION " - the init and application server of a microVM\n"
+    "\n"
+    "As /sbin/init of a guest it needs no arguments: it mounts, says ready to the host on vsock port 52,\n"
+    "takes a configuration there and serves the program there and by HTTP on vsock port 80.\n"
+    "\n"
+    "On the host:\n"
+    "  agent call SOCKET ready                          wait until a guest says that it is ready\n"
+    "  agent call SOCKET configure DIR ENTRYPOINT       send it a program\n"
+    "  agent call SOCKET request [OPTION]... PATH       send the program a request\n"
+    "  agent call SOCKET event JSON                     send it an event\n"
+    "  agent call SOCKET shell COMMAND                  run a command in the guest\n"
+    "  agent call SOCKET halt                           stop the guest\n"
+    "  agent forward LISTEN TARGET                      reach a guest's port by TCP\n"
+    "\n"
+    "  agent init --listen ADDRESS --ready ADDRESS      init in a sandbox, for tests\n"
+    "\n"
+    "SOCKET is the guest's vsock as a Unix socket in Firecracker's manner. Each command has --help.\n"
+    "\n"
+    "Kernel command line: agent.log=debug, agent.limit.NAME=VALUE (README.md has the names).\n"
+    "Exit codes: 0 done, 1 failed, 2 wrong usage.\n";
+
+int main(int argc, char **argv)
+{
+    static const struct { const char *word; int (*run)(int argc, char **argv); } commands[] = {
+        { "call", call_main }, { "forward", forward_main },
+    };
+    const char *word = argc > 1 ? argv[1] : "";
+
+    for (size_t i = 0; i < COUNT(commands); i++)
+        if (strcmp(word, commands[i].word) == 0)
+            return commands[i].run(argc - 1, argv + 1);
+    if (strcmp(word, "init") == 0)
+        return init_main(argc - 1, argv + 1, false);
+    if (strcmp(word, "--help") == 0 || strcmp(word, "--version") == 0) {
+        fputs(usage, stdout);
+        return EXIT_OK;
+    }
+    if (getpid() == 1)              /* the kernel passes on words that it does not know */
+        return init_main(0, NULL, true);
+    fputs(usage, stderr);
+    return EXIT_USAGE;
+}
