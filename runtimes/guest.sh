@@ -22,13 +22,14 @@ VSOCK_SHA256=fd36382419cc174f00d9b1691486b581e13e8c1168dc339b86b2a65180a29ce7
 # holds both and the third.
 MODULES_DISK='virtio_pci virtio_blk'
 MODULES_REST='vmw_vsock_virtio_transport overlay squashfs virtio_net'
-MODULES_EXTRA='vsock_loopback'
+MODULES_EXTRA='vsock_loopback virtio_mmio'
 
 GUEST_MEMORY=${GUEST_MEMORY:-1024M}
 GUEST_CPUS=${GUEST_CPUS:-1}
 GUEST_ARGS='console=ttyS0 reboot=k panic=1 swiotlb=noforce random.trust_cpu=on loglevel=4 ro'
-GUEST_SILENT_S=10           # a boot that has printed nothing by then is started again, with
-GUEST_TRIES=4               # twice the time: a busy machine is slow, not stuck
+GUEST_SILENT_S=10           # a boot that printed nothing after so much time of a processor, or
+GUEST_STUCK_S=60            # of the clock, is started again: a busy machine is slow, not stuck
+GUEST_TRIES=3
 
 declare -F need >/dev/null || . "$GUEST_ROOT/build.sh"
 
@@ -314,8 +315,24 @@ is_any_gone() { is_gone "$1" || is_gone "$2"; }
 
 guest_console_has() { grep -qaE -e "$1" "$GUEST/console" 2>/dev/null; }
 
-# True when there is nothing to wait for any more: the console has spoken, or will not.
-guest_said_or_ended() { guest_console_has "$1" || is_gone "$GUEST_QEMU_PID"; }
+# Waits for a line of the console, up to the point where it is not to be expected any more.
+guest_await() {
+    local end=$((SECONDS + GUEST_STUCK_S))
+    until guest_console_has "$1"; do
+        [ $SECONDS -lt $end ] && [ "$(processor_seconds "$GUEST_QEMU_PID")" -lt "$GUEST_SILENT_S" ] ||
+            return 1
+        sleep 0.05
+    done
+}
+
+# What a process has used so far; much, when it has ended. The name in proc(5)'s stat may hold
+# spaces, so counting starts after it.
+processor_seconds() {
+    local stat fields
+    read -r stat 2>/dev/null <"/proc/$1/stat" || { echo 999999; return; }
+    read -ra fields <<<"${stat##*) }"
+    echo $(((fields[11] + fields[12]) / $(getconf CLK_TCK)))
+}
 
 # What accelerates QEMU here. /dev/kvm may be there and not work: only a kernel that came up
 # counts. The answer holds until this machine boots again. Sets GUEST_ACCEL.
@@ -327,8 +344,7 @@ guest_accel() {
         if [ -w /dev/kvm ]; then
             GUEST=$(mktemp -d /tmp/guest.XXXXXX)
             guest_qemu kvm -append "$GUEST_ARGS guest.modules=root"
-            wait_for "$GUEST_SILENT_S" guest_said_or_ended 'modules loaded' || true
-            ! guest_console_has 'modules loaded' || GUEST_ACCEL=kvm
+            ! guest_await 'modules loaded' || GUEST_ACCEL=kvm
             unspawn "$GUEST_QEMU_PID"
             rm -r "$GUEST"
         fi
@@ -355,10 +371,9 @@ guest_boot() {
             -drive "file=$GUEST_IMAGE,format=raw,if=virtio,readonly=on" \
             -chardev "socket,id=vsock,path=$GUEST/vh.sock" \
             -device vhost-user-vsock-pci,chardev=vsock "$@"
-        wait_for $((GUEST_SILENT_S << (try - 1))) guest_said_or_ended . || true
-        ! guest_console_has . || return 0
+        ! guest_await . || return 0
         guest_stop
-        say "boot $try of $GUEST_TRIES printed nothing: $(tail -n 3 "$GUEST/qemu.log")"
+        say "boot $try of $GUEST_TRIES printed nothing. $(tail -n 3 "$GUEST/qemu.log")"
     done
     return 1
 }
