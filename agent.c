@@ -74,6 +74,7 @@
 #include "agent.h"
 #include "llhttp.h"
 #include "unzip.h"
+#include "yyjson.h"
 #include "zip.h"
 
 #define COUNT(table)            (sizeof(table) / sizeof *(table))
@@ -6897,7 +6898,870 @@ static int http_open(struct http_server *s)
     s->listener.full = "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
     return listener_open(&s->listener);
 }
-static int call_main(int argc, char **argv) { (void)argc; (void)argv; struct buf b = {0}; return zip_pack("x", &b, &b); }
+
+/* ==== call: the host's side of port 52, for people and tests =====================
+ * A command, not the init: it may block, within its time, and ends the process. It speaks
+ * to a guest through a Unix socket in Firecracker's manner, or to an agent that listens on
+ * a Unix socket itself; it never opens a vsock. */
+#define CALL_REPLY_MAX  (1 << 30)
+
+struct call;
+
+struct call_verb {
+    const char *name;
+    int         words_min, words_max;
+    int       (*run)(struct call *);
+};
+
+struct call {
+    const struct call_verb *verb;
+    struct address address;
+    const char    *words[2];        /* borrowed from argv: what is no option */
+    int            words_len;
+    int            argc;            /* of what follows the verb */
+    char         **argv;
+    int64_t        deadline_ms;
+    int            fd;
+    bool           eof;
+    struct buf     in, why;
+};
+
+static const char call_usage[] =
+    "usage: agent call SOCKET ready                               wait until a guest says that it is ready\n"
+    "       agent call SOCKET configure DIR|FILE ENTRYPOINT       send it a program: wait until it runs\n"
+    "       agent call SOCKET request [OPTION]... PATH[?QUERY]    send the program a request\n"
+    "       agent call SOCKET event JSON                          send the program an event\n"
+    "       agent call SOCKET shell COMMAND                       run a command in the guest\n"
+    "       agent call SOCKET halt                                stop the guest\n"
+    "\n"
+    "SOCKET is the host's end of the guest's vsock, a Unix socket in Firecracker's manner; unix:PATH is an\n"
+    "agent that listens on PATH itself, hybrid:PATH:PORT another port than 52. `ready` listens, on SOCKET_52\n"
+    "or on PATH: start it before the guest.\n"
+    "\n"
+    "  --timeout SECONDS    give up after this long (120)\n"
+    "\n"
+    "configure: a folder is packed, __pycache__ and .git left out; a file is the program's only source, or\n"
+    "an archive if it ends with .zip.\n"
+    "  --env NAME=VALUE     a variable of the program; may be repeated\n"
+    "  --encoding NAME      plain or zip, if the name of the file does not tell\n"
+    "  --interface NAME     asgi (the default) or executable\n"
+    "  --input DIR|FILE     data for /data, packed like a program\n"
+    "  --hash HEX           the program's hash, which names the guest\n"
+    "  --ip, --route, --ipv6, --ipv6-gateway ADDRESS, --dns ADDRESS, --key KEY\n"
+    "\n"
+    "request: prints the body of the answer, whatever its status.\n"
+    "  -X METHOD            instead of GET, or of POST with a body\n"
+    "  -H 'NAME: VALUE'     a header; may be repeated\n"
+    "  -d TEXT|@FILE|@-     the body: a text, a file, or what stands on standard input\n"
+    "  -i                   print status and headers too\n"
+    "\n"
+    "event: prints the answer as JSON. --text sends an argument that is no JSON.\n"
+    "\n"
+    "  agent call v.sock ready & start-the-guest; wait\n"
+    "  agent call v.sock configure examples/hello main:app --env GREETING=hi\n"
+    "  agent call v.sock request -i '/path?name=value'\n"
+    "  agent call v.sock request -H 'Content-Type: application/json' -d @order.json /orders\n"
+    "  agent call v.sock shell 'uname -a; df -h'\n";
+
+static const struct call_option {
+    const char *verb, *name;        /* verb NULL: of all */
+    bool        has_value;
+} call_options[] = {
+    { NULL, "--timeout", true },
+    { "configure", "--env", true },   { "configure", "--encoding", true },
+    { "configure", "--input", true }, { "configure", "--interface", true },
+    { "configure", "--hash", true },  { "configure", "--ip", true },
+    { "configure", "--route", true }, { "configure", "--ipv6", true },
+    { "configure", "--dns", true },   { "configure", "--ipv6-gateway", true },
+    { "configure", "--key", true },
+    { "request", "-X", true }, { "request", "-H", true }, { "request", "-d", true },
+    { "request", "-i", false },
+    { "event", "--text", false },
+};
+
+PRINTF(3, 4) static int call_complain(const struct call *c, int code, const char *format, ...)
+{
+    va_list ap;
+
+    fprintf(stderr, "agent call %s: ", c->verb->name);
+    va_start(ap, format);
+    vfprintf(stderr, format, ap);
+    va_end(ap);
+    fputc('\n', stderr);
+    return code;
+}
+
+#define call_failed(c, ...) call_complain(c, EXIT_FAILED, __VA_ARGS__)
+#define call_misused(c, ...) call_complain(c, EXIT_USAGE, __VA_ARGS__)
+
+/* NULL: the verb has no such option. */
+static const struct call_option *call_option(const struct call *c, const char *name)
+{
+    for (size_t i = 0; i < COUNT(call_options); i++) {
+        const struct call_option *o = &call_options[i];
+        if (strcmp(o->name, name) == 0 && (!o->verb || strcmp(o->verb, c->verb->name) == 0))
+            return o;
+    }
+    return NULL;
+}
+
+/* The value of the next option of this name from argv[*at] on, "" if it takes none; NULL:
+ * no more. The command line has been checked. */
+static const char *call_next(const struct call *c, const char *name, int *at)
+{
+    while (*at < c->argc) {
+        const char *word = c->argv[*at];
+        const struct call_option *o = word[0] == '-' ? call_option(c, word) : NULL;
+        *at += 1 + (o && o->has_value);
+        if (o && strcmp(word, name) == 0)
+            return o->has_value ? c->argv[*at - 1] : "";
+    }
+    return NULL;
+}
+
+static const char *call_value(const struct call *c, const char *name, const char *otherwise)
+{
+    int at = 0;
+    const char *value = NULL;
+
+    for (const char *next; (next = call_next(c, name, &at)); value = next)
+        ;                           /* the last one counts */
+    return value ? value : otherwise;
+}
+
+/* ---- bytes to and from the guest ---- */
+
+/* 0: ready for one of the events; -1 and errno: ETIMEDOUT when the time is over. */
+static int call_poll(const struct call *c, int fd, short events, short *got)
+{
+    struct pollfd p = { .fd = fd, .events = events };
+
+    for (;;) {
+        int64_t left = c->deadline_ms - now_ms();
+        int n = left > 0 ? poll(&p, 1, left < INT_MAX ? (int)left : INT_MAX) : 0;
+        if (n > 0) {
+            *got = p.revents;
+            return 0;
+        }
+        if (n < 0 && errno != EINTR)
+            return -1;
+        if (left <= 0) {
+            errno = ETIMEDOUT;
+            return -1;
+        }
+    }
+}
+
+/* Reads what is there into c->in, or waits for it. The end of the stream sets eof. */
+static int call_read(struct call *c)
+{
+    short got;
+    char *to = buf_room(&c->in, CONN_READ_BYTES);
+
+    if (!to || c->in.len > CALL_REPLY_MAX) {
+        errno = to ? EFBIG : ENOMEM;
+        return -1;
+    }
+    if (call_poll(c, c->fd, POLLIN, &got) < 0)
+        return -1;
+    ssize_t n = read(c->fd, to, CONN_READ_BYTES);
+    if (n < 0)
+        return errno == EAGAIN || errno == EINTR ? 0 : -1;
+    buf_added(&c->in, (size_t)n);
+    c->eof = n == 0;
+    return 0;
+}
+
+/* Sends all of it, unless the guest answers or hangs up first: then its answer matters more. */
+static int call_send(struct call *c, struct span s)
+{
+    short got;
+
+    while (s.n > 0 && !c->eof) {
+        if (call_poll(c, c->fd, POLLIN | POLLOUT, &got) < 0)
+            return -1;
+        if ((got & POLLIN) && call_read(c) < 0)
+            return -1;
+        if (got & POLLIN)
+            continue;
+        ssize_t n = write(c->fd, s.p, s.n);
+        if (n < 0 && (errno == EPIPE || errno == ECONNRESET))
+            return 0;
+        if (n < 0 && errno != EAGAIN && errno != EINTR)
+            return -1;
+        s.p += n > 0 ? n : 0;
+        s.n -= n > 0 ? (size_t)n : 0;
+    }
+    return 0;
+}
+
+/* CONNECT PORT, and the line that answers it byte by byte: what follows it is not ours. */
+static int call_handshake(struct call *c)
+{
+    char line[32];
+    size_t len = 0;
+    short got;
+    int n = snprintf(line, sizeof line, "CONNECT %u\n", c->address.port);
+
+    if (call_send(c, (struct span){ line, (size_t)n }) < 0)
+        return call_failed(c, "%s: %s", c->address.text, strerror(errno));
+    for (;;) {
+        if (call_poll(c, c->fd, POLLIN, &got) < 0)
+            return call_failed(c, "%s: no answer to CONNECT: %s", c->address.text, strerror(errno));
+        if (read(c->fd, line + len, 1) <= 0)
+            return call_failed(c, "%s: nothing in the guest listens on port %u", c->address.text,
+                               c->address.port);
+        if (line[len] == '\n')
+            break;
+        if (++len == sizeof line)
+            return call_failed(c, "%s: answers CONNECT with something else than OK", c->address.text);
+    }
+    line[len] = '\0';
+    if (strncmp(line, "OK ", 3) != 0)
+        return call_failed(c, "%s: answers CONNECT with \"%s\"", c->address.text, line);
+    return 0;
+}
+
+/* 0, or an exit code. */
+static int call_connect(struct call *c)
+{
+    while ((c->fd = address_connect(&c->address)) < 0 && errno == EAGAIN && now_ms() < c->deadline_ms)
+        poll(NULL, 0, 10);          /* its queue is full; there is no event for room in it */
+    if (c->fd < 0)
+        return call_failed(c, "%s: %s", c->address.text, strerror(errno));
+    return c->address.kind == ADDRESS_HYBRID ? call_handshake(c) : 0;
+}
+
+/* Reads on until c->in starts with a whole msgpack value. 0, or an exit code. */
+static int call_read_value(struct call *c)
+{
+    struct mp_scan scan;
+    const char *why;
+
+    mp_scan_init(&scan);
+    for (;;) {
+        enum scan s = mp_scan(&scan, buf_span(&c->in).p, c->in.len, CALL_REPLY_MAX, &why);
+        if (s == SCAN_DONE)
+            return 0;
+        if (s == SCAN_BAD)
+            return call_failed(c, "the reply is no msgpack: %s", why);
+        if (c->eof && c->in.len == 0)
+            return call_failed(c, "the guest hung up without a reply");
+        if (c->eof)
+            return call_failed(c, "the guest hung up after %zu bytes of its reply", c->in.len);
+        if (call_read(c) < 0)
+            return call_failed(c, "no reply: %s", strerror(errno));
+    }
+}
+
+/* Sends a message and reads the reply to it. Takes the message's bytes. */
+static int call_ask(struct call *c, struct buf *message)
+{
+    int rc = message->failed ? call_failed(c, "no memory") : call_connect(c);
+
+    if (rc == 0 && call_send(c, buf_span(message)) < 0)
+        rc = call_failed(c, "%s: %s", c->address.text, strerror(errno));
+    buf_fini(message);
+    return rc ? rc : call_read_value(c);
+}
+
+/* ---- replies ---- */
+
+/* Goes to the value of a key. False: `map` is none, or has no such key. */
+static bool call_field(struct mp_in map, const char *key, struct mp_in *value)
+{
+    uint64_t pairs;
+    struct span name;
+
+    if (!mp_read_count(&map, MP_MAP, &pairs))
+        return false;
+    for (; pairs > 0; pairs--) {
+        bool wanted = mp_peek(&map) == MP_STR ? mp_read_bytes(&map, MP_STR, &name) && span_eq(name, key)
+                                              : (mp_skip(&map), false);
+        *value = map;
+        if (wanted)
+            return true;
+        if (!mp_skip(&map))
+            return false;
+    }
+    return false;
+}
+
+static bool call_text(struct mp_in value, struct span *out)
+{
+    return mp_read_bytes(&value, MP_BIN, out) || mp_read_bytes(&value, MP_STR, out);
+}
+
+static struct mp_in call_reply(const struct call *c)
+{
+    return (struct mp_in){ buf_at(&c->in), c->in.len };
+}
+
+static int call_print(const struct call *c, struct span s)
+{
+    if (fwrite(s.p, 1, s.n, stdout) == s.n && fflush(stdout) == 0)
+        return EXIT_OK;
+    return call_failed(c, "standard output: %s", strerror(errno));
+}
+
+/* Prints what a failure says, each part once and on lines of its own. */
+static int call_print_error(const struct call *c)
+{
+    static const char *const keys[] = { "error", "traceback", "output" };
+    struct span seen = SPAN(""), text;
+    struct mp_in value;
+
+    for (size_t i = 0; i < COUNT(keys); i++) {
+        if (!call_field(call_reply(c), keys[i], &value) || !call_text(value, &text) || text.n == 0
+            || (text.n == seen.n && memcmp(text.p, seen.p, text.n) == 0))
+            continue;
+        fwrite(text.p, 1, text.n, stderr);
+        if (text.p[text.n - 1] != '\n')
+            fputc('\n', stderr);
+        seen = text;
+    }
+    return seen.n > 0 ? EXIT_FAILED : call_failed(c, "the guest reports a failure and no error");
+}
+
+/* A msgpack value as JSON. What JSON lacks becomes the nearest that it has: bytes are text,
+ * each that is no UTF-8 is U+FFFD; keys are made text; infinities and extensions are null. */
+static void json_add_text(struct buf *out, struct span s)
+{
+    struct buf clean = { 0 };
+
+    utf8_add(&clean, s);
+    buf_add_byte(out, '"');
+    for (size_t i = 0; i < clean.len; i++) {
+        unsigned char c = (unsigned char)buf_at(&clean)[i];
+        if (c == '"' || c == '\\')
+            buf_add_byte(out, '\\');
+        if (c < 0x20)
+            buf_add_format(out, c == '\n' ? "\\n" : "\\u%04x", c);
+        else
+            buf_add_byte(out, c);
+    }
+    buf_add_byte(out, '"');
+    out->failed |= clean.failed;
+    buf_fini(&clean);
+}
+
+static void json_add_float(struct buf *out, const struct mp_head *h)
+{
+    float single;
+    double value;
+    uint32_t bits = (uint32_t)h->value;
+    char text[40];
+
+    memcpy(&single, &bits, sizeof single);
+    memcpy(&value, &h->value, sizeof value);
+    if (h->head == 1 + sizeof single)
+        value = (double)single;
+    if (!__builtin_isfinite(value)) {
+        buf_add_text(out, "null");
+        return;
+    }
+    for (int digits = 15; digits <= 17; digits++) {     /* the fewest that read back the same */
+        snprintf(text, sizeof text, "%.*g", digits, value);
+        if (strtod(text, NULL) == value)
+            break;
+    }
+    buf_add_text(out, text);
+}
+
+static void json_add_key(struct buf *out, struct mp_in *in);
+
+/* The value is whole, as mp_scan() found, and so nested within limits.mp_depth. */
+static void json_add(struct buf *out, struct mp_in *in)
+{
+    struct mp_head h = { 0 };
+
+    mp_next(in, &h);
+    struct span payload = { in->p + h.head, (size_t)h.bytes };
+    mp_advance(in, h.head + (size_t)h.bytes);
+    switch (h.type) {
+    case MP_BOOL:
+        buf_add_text(out, h.value ? "true" : "false");
+        break;
+    case MP_INT:
+        buf_add_format(out, h.negative ? "%" PRId64 : "%" PRIu64, h.value);
+        break;
+    case MP_FLOAT:
+        json_add_float(out, &h);
+        break;
+    case MP_STR:
+    case MP_BIN:
+        json_add_text(out, payload);
+        break;
+    case MP_ARRAY:
+    case MP_MAP:
+        buf_add_byte(out, h.type == MP_MAP ? '{' : '[');
+        for (uint64_t i = 0; i < h.value; i++) {
+            if (i > 0)
+                buf_add_text(out, ", ");
+            if (h.type == MP_MAP)
+                json_add_key(out, in);
+            json_add(out, in);
+        }
+        buf_add_byte(out, h.type == MP_MAP ? '}' : ']');
+        break;
+    default:
+        buf_add_text(out, "null");
+    }
+}
+
+static void json_add_key(struct buf *out, struct mp_in *in)
+{
+    struct buf key = { 0 };
+
+    if (mp_peek(in) == MP_STR || mp_peek(in) == MP_BIN) {
+        json_add(out, in);
+    } else {
+        json_add(&key, in);
+        json_add_text(out, buf_span(&key));
+    }
+    buf_add_text(out, ": ");
+    out->failed |= key.failed;
+    buf_fini(&key);
+}
+
+/* ---- ready ---- */
+
+/* Says where the guest will say that it is ready, as an address to listen on. */
+static int call_ready_address(struct call *c, char path[sizeof(struct sockaddr_un)])
+{
+    const struct sockaddr_un *un = (const void *)&c->address.sa;
+    struct stat st;
+    int n = c->address.kind == ADDRESS_HYBRID
+          ? snprintf(path, sizeof *un, "%s_%u", un->sun_path, c->address.port)
+          : snprintf(path, sizeof *un, "%s", un->sun_path);
+
+    if (c->address.sa.ss_family != AF_UNIX || n >= (int)sizeof un->sun_path)
+        return call_misused(c, "%s: no Unix socket, or its path is too long", c->address.text);
+    if (lstat(path, &st) == 0 && S_ISSOCK(st.st_mode))
+        unlink(path);               /* what an earlier one left behind: bind(2) would refuse */
+    address_unix(&c->address, span_of(path));
+    return 0;
+}
+
+/* Reads the message of a guest. An empty one means version 1.0.0. */
+static int call_ready_said(struct call *c)
+{
+    struct mp_in value;
+    struct span version = SPAN("1.0.0");
+
+    do {
+        if (call_read(c) < 0)
+            return call_failed(c, "%s: %s", c->address.text, strerror(errno));
+    } while (c->in.len == 0 && !c->eof);
+    if (c->in.len > 0) {
+        int rc = call_read_value(c);
+        if (rc)
+            return rc;
+        if (!call_field(call_reply(c), "version", &value) || !call_text(value, &version))
+            return call_failed(c, "the guest says something else than its version");
+    }
+    printf("ready: version %.*s\n", (int)version.n, version.p);
+    return call_print(c, SPAN(""));
+}
+
+static int call_ready(struct call *c)
+{
+    char path[sizeof(struct sockaddr_un)];
+    short got;
+    int rc = call_ready_address(c, path);
+
+    if (rc)
+        return rc;
+    int fd = address_socket(&c->address);
+    if (fd < 0 || bind(fd, (const void *)&c->address.sa, c->address.sa_len) < 0 || listen(fd, 1) < 0) {
+        rc = call_failed(c, "%s: %s", path, strerror(errno));
+        fd_close(&fd);
+        return rc;
+    }
+    if (call_poll(c, fd, POLLIN, &got) < 0
+        || (c->fd = SYS_ACCEPT(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) < 0)
+        rc = call_failed(c, "%s: no guest came: %s", path, strerror(errno));
+    else
+        rc = call_ready_said(c);
+    unlink(path);
+    fd_close(&fd);
+    return rc;
+}
+
+/* ---- configure ---- */
+
+static bool has_suffix(const char *text, const char *suffix)
+{
+    size_t n = strlen(text), m = strlen(suffix);
+    return n >= m && strcmp(text + n - m, suffix) == 0;
+}
+
+/* A file's bytes, or a folder as an archive. `plain` tells which it is. 0, or an exit code. */
+static int call_load(struct call *c, const char *path, struct buf *out, bool *plain)
+{
+    struct stat st;
+
+    if (stat(path, &st) < 0)
+        return call_failed(c, "%s: %s", path, strerror(errno));
+    *plain = !S_ISDIR(st.st_mode) && !has_suffix(path, ".zip");
+    if (S_ISDIR(st.st_mode) && zip_pack(path, out, &c->why) < 0)
+        return call_failed(c, "%s", buf_text(&c->why));
+    if (!S_ISDIR(st.st_mode) && file_load(path, out, (size_t)limits.conf_bytes) < 0)
+        return call_failed(c, "%s: %s", path, strerror(errno));
+    return 0;
+}
+
+static void call_write_text(struct buf *out, const char *key, const char *value)
+{
+    mp_write_key(out, key);
+    if (value)
+        mp_write_text(out, span_of(value), SIZE_MAX);
+    else
+        mp_write_nil(out);
+}
+
+static uint32_t call_count(const struct call *c, const char *option)
+{
+    uint32_t count = 0;
+    for (int at = 0; call_next(c, option, &at);)
+        count++;
+    return count;
+}
+
+static void call_write_list(struct buf *out, const struct call *c, const char *key, const char *option)
+{
+    const char *value;
+
+    mp_write_key(out, key);
+    mp_write_array(out, call_count(c, option));
+    for (int at = 0; (value = call_next(c, option, &at));)
+        mp_write_text(out, span_of(value), SIZE_MAX);
+}
+
+/* 0, or an exit code. */
+static int call_write_variables(struct buf *out, const struct call *c)
+{
+    const char *value;
+
+    mp_write_key(out, "variables");
+    mp_write_map(out, call_count(c, "--env"));
+    for (int at = 0; (value = call_next(c, "--env", &at));) {
+        const char *eq = strchr(value, '=');
+        if (!eq)
+            return call_misused(c, "--env %s: expected NAME=VALUE", value);
+        mp_write_text(out, (struct span){ value, (size_t)(eq - value) }, SIZE_MAX);
+        mp_write_text(out, span_of(eq + 1), SIZE_MAX);
+    }
+    return 0;
+}
+
+static void call_write_bytes(struct buf *out, const char *key, struct span bytes)
+{
+    mp_write_key(out, key);
+    mp_write_bin(out, bytes);
+}
+
+/* Every key that the supervisor sends. 0, or an exit code. */
+static int call_write_configuration(struct call *c, struct buf *map)
+{
+    struct buf code = { 0 }, input = { 0 };
+    const char *input_path = call_value(c, "--input", NULL);
+    bool plain, input_plain;
+    int rc = call_load(c, c->words[0], &code, &plain);
+
+    if (rc == 0 && input_path)
+        rc = call_load(c, input_path, &input, &input_plain);
+    if (rc == 0) {
+        mp_write_map(map, 14);
+        call_write_bytes(map, "code", buf_span(&code));
+        call_write_text(map, "encoding", call_value(c, "--encoding", plain ? "plain" : "zip"));
+        call_write_text(map, "entrypoint", c->words[1]);
+        call_write_text(map, "interface", call_value(c, "--interface", "asgi"));
+        call_write_text(map, "vm_hash", call_value(c, "--hash", NULL));
+        call_write_text(map, "ip", call_value(c, "--ip", NULL));
+        call_write_text(map, "route", call_value(c, "--route", NULL));
+        call_write_text(map, "ipv6", call_value(c, "--ipv6", NULL));
+        call_write_text(map, "ipv6_gateway", call_value(c, "--ipv6-gateway", NULL));
+        call_write_list(map, c, "dns_servers", "--dns");
+        call_write_list(map, c, "authorized_keys", "--key");
+        if (input_path)
+            call_write_bytes(map, "input_data", buf_span(&input));
+        else
+            call_write_text(map, "input_data", NULL);
+        mp_write_key(map, "volumes");
+        mp_write_array(map, 0);
+        rc = call_write_variables(map, c);
+    }
+    buf_fini(&code);
+    buf_fini(&input);
+    return rc;
+}
+
+static int call_configure(struct call *c)
+{
+    struct buf map = { 0 }, frame = { 0 };
+    struct mp_in value;
+    bool ok = false;
+    int rc = call_write_configuration(c, &map);
+
+    if (rc == 0) {
+        buf_add_format(&frame, "%zu\n", map.len);
+        buf_add_span(&frame, buf_span(&map));
+        frame.failed |= map.failed;
+    }
+    buf_fini(&map);
+    rc = rc ? rc : call_ask(c, &frame);
+    if (rc)
+        return rc;
+    if (!call_field(call_reply(c), "success", &value) || !mp_read_bool(&value, &ok) || !ok)
+        return call_print_error(c);
+    return call_print(c, SPAN("configured\n"));
+}
+
+/* ---- request and event ---- */
+
+/* The pairs of the -H options; a program may insist on Host, as HTTP/1.1 does. */
+static int call_write_headers(struct buf *out, const struct call *c)
+{
+    const char *value;
+    bool host = false;
+
+    for (int at = 0; (value = call_next(c, "-H", &at));)
+        host |= strncasecmp(value, "host:", 5) == 0;
+    mp_write_key(out, "headers");
+    mp_write_array(out, call_count(c, "-H") + !host);
+    if (!host) {
+        mp_write_array(out, 2);
+        mp_write_bin(out, SPAN("host"));
+        mp_write_bin(out, SPAN("localhost"));
+    }
+    for (int at = 0; (value = call_next(c, "-H", &at));) {
+        const char *colon = strchr(value, ':');
+        if (!colon)
+            return call_misused(c, "-H %s: expected NAME: VALUE", value);
+        mp_write_array(out, 2);
+        mp_write_bin(out, (struct span){ value, (size_t)(colon - value) });
+        mp_write_bin(out, span_of(colon + 1 + strspn(colon + 1, " \t")));
+    }
+    return 0;
+}
+
+/* The supervisor sends the path decoded; what is no text then stays as it is written. */
+static void call_write_target(struct buf *out, const char *target)
+{
+    const char *mark = strchr(target, '?');
+    struct span raw = { target, mark ? (size_t)(mark - target) : strlen(target) };
+    struct buf path = { 0 };
+
+    percent_decode(&path, raw);
+    mp_write_key(out, "path");
+    mp_write_text(out, utf8_ok(buf_span(&path)) ? buf_span(&path) : raw, SIZE_MAX);
+    call_write_text(out, "query_string", mark ? mark + 1 : "");
+    buf_fini(&path);
+}
+
+/* The value of -d; no byte without it. 0, or an exit code. */
+static int call_load_body(struct call *c, struct buf *out)
+{
+    const char *data = call_value(c, "-d", "");
+
+    if (data[0] != '@') {
+        buf_add_span(out, span_of(data));
+        return 0;
+    }
+    const char *path = strcmp(data, "@-") == 0 ? "/dev/stdin" : data + 1;
+    return file_load(path, out, CALL_REPLY_MAX) < 0 ? call_failed(c, "%s: %s", path, strerror(errno)) : 0;
+}
+
+static int call_print_head(const struct call *c, struct mp_in status, struct mp_in headers)
+{
+    struct mp_head h;
+    struct buf out = { 0 };
+    struct span name, value;
+    uint64_t count, two;
+
+    if (!mp_read(&status, MP_INT, &h) || !mp_read_count(&headers, MP_ARRAY, &count))
+        return call_failed(c, "the reply has no status or no headers");
+    buf_add_format(&out, "HTTP/1.1 %" PRIu64 "\n", h.value);
+    while (count-- > 0 && mp_read_count(&headers, MP_ARRAY, &two) && two == 2
+           && mp_read_bytes(&headers, MP_BIN, &name) && mp_read_bytes(&headers, MP_BIN, &value)) {
+        buf_add_span(&out, name);
+        buf_add_text(&out, ": ");
+        buf_add_span(&out, value);
+        buf_add_byte(&out, '\n');
+    }
+    buf_add_byte(&out, '\n');
+    int rc = call_print(c, buf_span(&out));
+    buf_fini(&out);
+    return rc;
+}
+
+static int call_request(struct call *c)
+{
+    struct buf message = { 0 }, body = { 0 };
+    struct mp_in head, status, headers, part, value;
+    struct span text;
+    const char *method = call_value(c, "-X", call_value(c, "-d", NULL) ? "POST" : "GET");
+    int rc = call_load_body(c, &body);
+
+    mp_write_map(&message, 1);
+    mp_write_key(&message, "scope");
+    mp_write_map(&message, 6);
+    call_write_text(&message, "type", "http");
+    call_write_text(&message, "method", method);
+    call_write_target(&message, c->words[0]);
+    call_write_bytes(&message, "body", buf_span(&body));
+    rc = rc ? rc : call_write_headers(&message, c);
+    message.failed |= body.failed;
+    buf_fini(&body);
+    if (rc == 0)
+        rc = call_ask(c, &message);
+    buf_fini(&message);
+    if (rc)
+        return rc;
+    if (!call_field(call_reply(c), "headers", &head) || !call_field(call_reply(c), "body", &part)
+        || !call_field(head, "status", &status) || !call_field(head, "headers", &headers)
+        || !call_field(part, "body", &value) || !call_text(value, &text))
+        return call_print_error(c);
+    if (call_value(c, "-i", NULL))
+        rc = call_print_head(c, status, headers);
+    return rc ? rc : call_print(c, text);
+}
+
+static int call_event(struct call *c)
+{
+    struct buf message = { 0 }, json = { 0 };
+    struct mp_in value;
+    struct span body = span_of(c->words[0]);
+    yyjson_read_err wrong;
+    yyjson_doc *doc = yyjson_read_opts((char *)(uintptr_t)body.p, body.n, 0, NULL, &wrong);
+
+    if (!doc && !call_value(c, "--text", NULL))
+        return call_misused(c, "the event is no JSON: byte %zu: %s", wrong.pos, wrong.msg);
+    yyjson_doc_free(doc);
+    mp_write_map(&message, 1);
+    mp_write_key(&message, "scope");
+    mp_write_map(&message, 2);
+    call_write_text(&message, "type", "aleph.message");
+    call_write_text(&message, "body", c->words[0]);
+    int rc = call_ask(c, &message);
+    if (rc)
+        return rc;
+    if (!call_field(call_reply(c), "body", &value))
+        return call_print_error(c);
+    json_add(&json, &value);
+    buf_add_byte(&json, '\n');
+    rc = json.failed ? call_failed(c, "no memory") : call_print(c, buf_span(&json));
+    buf_fini(&json);
+    return rc;
+}
+
+/* ---- shell and halt ---- */
+
+static int call_shell(struct call *c)
+{
+    struct buf line = { 0 };
+    int rc = 0;
+
+    if (strchr(c->words[0], '\n'))
+        return call_misused(c, "a command ends at the first newline");
+    buf_add_format(&line, "!");
+    buf_add_text(&line, c->words[0]);
+    buf_add_byte(&line, '\n');
+    rc = call_connect(c);
+    if (rc == 0 && call_send(c, buf_span(&line)) < 0)
+        rc = call_failed(c, "%s: %s", c->address.text, strerror(errno));
+    buf_fini(&line);
+    while (rc == 0 && (c->in.len > 0 || !c->eof)) {
+        if (c->in.len == 0 && call_read(c) < 0)
+            return call_failed(c, "the output does not end: %s", strerror(errno));
+        rc = call_print(c, buf_span(&c->in));
+        buf_drop(&c->in, c->in.len);
+    }
+    return rc;
+}
+
+static int call_halt(struct call *c)
+{
+    int rc = call_connect(c);
+
+    if (rc == 0 && call_send(c, SPAN("halt\n")) < 0)
+        rc = call_failed(c, "%s: %s", c->address.text, strerror(errno));
+    while (rc == 0 && !c->eof && !span_eq(buf_span(&c->in), "STOP\nSTOPZ\n"))
+        if (call_read(c) < 0)
+            return call_failed(c, "no STOPZ: %s", strerror(errno));
+    if (rc == 0 && !span_eq(buf_span(&c->in), "STOP\nSTOPZ\n"))
+        rc = call_failed(c, "the guest hung up after %zu bytes, without STOP and STOPZ", c->in.len);
+    return rc;
+}
+
+/* ---- the command line ---- */
+
+/* A path is the host's end of a vsock; anything with a scheme says what it is. */
+static bool call_address(struct address *a, const char *text)
+{
+    if (address_parse(a, text))
+        return a->kind == ADDRESS_UNIX || a->kind == ADDRESS_TCP || a->kind == ADDRESS_HYBRID;
+    *a = (struct address){ .kind = ADDRESS_HYBRID, .port = PORT_ALEPH, .text = text, .fd = -1 };
+    return address_unix(a, span_of(text));
+}
+
+/* 0, or an exit code. */
+static int call_parse(struct call *c)
+{
+    int64_t seconds;
+
+    for (int i = 0; i < c->argc; i++) {
+        const char *word = c->argv[i];
+        const struct call_option *o = call_option(c, word);
+        if (!o && word[0] == '-' && word[1])
+            return call_misused(c, "has no option %s (see agent call --help)", word);
+        if (o && o->has_value && ++i == c->argc)
+            return call_misused(c, "%s needs a value", word);
+        if (!o && c->words_len == c->verb->words_max)
+            return call_misused(c, "too many arguments, from \"%s\" on", word);
+        if (!o)
+            c->words[c->words_len++] = word;
+    }
+    if (c->words_len < c->verb->words_min)
+        return call_misused(c, "needs %d argument%s (see agent call --help)", c->verb->words_min,
+                            c->verb->words_min > 1 ? "s" : "");
+    if (!number_read(span_of(call_value(c, "--timeout", "120")), 1, 86400, &seconds))
+        return call_misused(c, "--timeout takes seconds, from 1 to 86400");
+    c->deadline_ms = now_ms() + 1000 * seconds;
+    return 0;
+}
+
+static int call_main(int argc, char **argv)
+{
+    static const struct call_verb verbs[] = {
+        { "ready", 0, 0, call_ready }, { "configure", 2, 2, call_configure },
+        { "request", 1, 1, call_request }, { "event", 1, 1, call_event },
+        { "shell", 1, 1, call_shell }, { "halt", 0, 0, call_halt },
+    };
+    struct call c = { .fd = -1, .argc = argc - 3, .argv = argv + 3 };
+
+    for (int i = 1; i < argc; i++)
+        if (strcmp(argv[i], "--help") == 0)
+            return fputs(call_usage, stdout) < 0 ? EXIT_FAILED : EXIT_OK;
+    for (size_t i = 0; argc > 2 && i < COUNT(verbs); i++)
+        if (strcmp(argv[2], verbs[i].name) == 0)
+            c.verb = &verbs[i];
+    if (!c.verb) {
+        fputs(call_usage, stderr);
+        return EXIT_USAGE;
+    }
+    signal(SIGPIPE, SIG_IGN);
+    int rc = call_parse(&c);
+    if (rc == 0 && !call_address(&c.address, argv[1]))
+        rc = call_misused(&c, "%s: no path of a Unix socket, at most 107 bytes", argv[1]);
+    if (rc == 0)
+        rc = c.verb->run(&c);
+    fd_close(&c.fd);
+    buf_fini(&c.in);
+    buf_fini(&c.why);
+    return rc;
+}
 
 /* ==== forward: one listener, one target, bytes both ways =========================
  * For the host: reach a guest's port from tools that know nothing of vsock. */
