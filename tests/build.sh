@@ -93,8 +93,10 @@ names_missing_packages() {
 
 # ---- The Dockerfile, by buildah -----------------------------------------------------
 
-export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
-image_tool() { buildah --root "$PWD/out/buildah/images" --runroot "$PWD/out/buildah/run" "$@"; }
+# No daemon, no overlay, no namespaces: works wherever root does.
+image_tool() {
+    buildah --storage-driver vfs --root "$PWD/out/buildah/images" --runroot "$PWD/out/buildah/run" "$@"
+}
 
 # A Debian 12 from the mirror that this machine uses stands in for the official image.
 base_image() {
