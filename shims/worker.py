@@ -49,7 +49,7 @@ END = 0x01                              # flag: last frame of its direction
 CREDIT = 64 << 10                       # body bytes under way per stream and direction
 PIECE = 64 << 10                        # most body bytes in one frame
 HEAD_MAX = 256 << 10                    # the agent takes no larger frame
-TEXT_MAX = 24 << 10                     # of a message or traceback; the agent keeps less
+MESSAGE_MAX, DETAILS_MAX = 4 << 10, 24 << 10    # characters of an error; the agent keeps less
 MSGPACK_DEPTH = 60                      # of an event's reply; the agent reads 64
 THREADS = 32                            # WSGI requests at once
 DRAIN_S = 1.0                           # what a shutdown gives requests in flight
@@ -78,8 +78,9 @@ class Disconnected(OSError):
 
 
 def describe(exc):
+    """In one line; the traceback has the rest."""
     try:
-        text = str(exc)
+        text = str(exc).strip().partition("\n")[0]
     except Exception:                   # a program's own class may do anything
         text = "(its text cannot be had)"
     return type(exc).__name__ + (": " + text if text else "")
@@ -114,10 +115,8 @@ def waiting_at(coro):
 
 def error_payload(message, details=""):
     """`message NUL traceback`; of a long message the start counts, of a traceback the end."""
-    message = message.replace("\0", "\\0").encode("utf-8", "replace")[:TEXT_MAX]
-    details = details.replace("\0", "\\0").encode("utf-8", "replace")[-TEXT_MAX:]
-    return b"%s\0%s" % (message.decode("utf-8", "ignore").encode(),
-                        details.decode("utf-8", "ignore").encode())
+    return b"\0".join(text.replace("\0", "\\0").encode("utf-8", "replace")
+                      for text in (message[:MESSAGE_MAX], details[-DETAILS_MAX:]))
 
 
 def log(text):
@@ -126,6 +125,16 @@ def log(text):
         sys.stderr.flush()
     except Exception:                   # closed or replaced by the program
         pass
+
+
+def leave(code):
+    """Exit at once: threads that the program left behind must not hold the process."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:
+            pass
+    os._exit(code)
 
 
 # ---- Channel: frames over the socket ---------------------------------------------------
@@ -137,14 +146,15 @@ class Channel:
     def __init__(self, sock):
         self.sock = sock
         self.rest = b""                 # the start of a frame whose end is not here yet
-        self.out = []
+        self.out = []                   # frames of this turn, headers and payloads
         self.unsent = bytearray()
-        self.flushing = False
+        self.flushing = self.forked = False
         self.loop = self.on_frame = self.on_end = None
         os.register_at_fork(after_in_child=self.on_fork)
 
     def on_fork(self):
-        """In a child that the program forks: the channel is not its own, nor is our loop."""
+        """In a child that the program forks: neither the channel nor our loop is its own."""
+        self.forked = True
         self.sock.close()
         if self.loop is not None:
             self.loop.call_soon(leave, 0)
@@ -203,6 +213,8 @@ class Channel:
 
     def flush(self):
         self.flushing = False
+        if not self.out:
+            return
         data = b"".join(self.out)
         self.out.clear()
         if self.unsent:
@@ -227,6 +239,16 @@ class Channel:
             self.end()
             return len(data)            # nobody is there to read it
 
+    def finish(self):
+        """Before the exit, write what the agent has not read yet."""
+        self.flush()
+        try:
+            self.sock.settimeout(EXIT_S)
+            self.sock.sendall(self.unsent)
+        except OSError:
+            pass                        # it is gone, or stuck
+        self.unsent.clear()
+
     def end(self):
         if self.sock.fileno() >= 0:
             self.loop.remove_reader(self.sock.fileno())
@@ -235,25 +257,13 @@ class Channel:
         self.on_end()
 
 
-def leave(code):
-    """Exit at once: threads that the program left behind must not hold the process."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except Exception:
-            pass
-    os._exit(code)
-
-
 # ---- Exchange: one request and its response ---------------------------------------------
 
 def head_payload(status, headers):
     """u16 status, u16 n, n times `name NUL value NUL`; raises what the program did wrong."""
     if not isinstance(status, int) or not 200 <= status <= 999:
         raise ValueError("status is %r, not a number from 200 to 999" % (status,))
-    flat = []
-    for name, value in headers:
-        flat += (name, value, )
+    flat = [item for name, value in headers for item in (name, value)]
     try:
         block = b"\0".join(flat)
     except TypeError:
@@ -267,6 +277,12 @@ def head_payload(status, headers):
     if len(block) > HEAD_MAX - 4 or len(flat) > 2 * 0xffff:
         raise ValueError("response head of %d bytes is too large" % len(block))
     return struct.pack("<HH", status, len(flat) // 2) + block
+
+
+@types.coroutine
+def next_turn():
+    """Let the loop run what it has been given up to now, Channel.flush above all."""
+    yield
 
 
 class Exchange:
@@ -340,6 +356,8 @@ class Exchange:
     def closed(self):
         self.is_open = False
         del self.worker.exchanges[self.stream]
+        if self.worker.stopping and not self.worker.exchanges:
+            self.worker.idle.set()
         self.wake()
 
     def on_error(self, exc):
@@ -407,6 +425,10 @@ class Exchange:
                 self.close(body)
             elif body:
                 self.worker.put(self.stream, RESPONSE_BODY, body)
+            if self.worker.exchanges:   # the bytes leave before the program goes on, or blocks
+                await next_turn()
+            else:
+                self.worker.channel.flush()
         else:
             raise RuntimeError("unknown message type %r" % (kind,))
 
@@ -527,7 +549,7 @@ def pack(value, depth=0):
     if isinstance(value, dict):
         return (pack_size(len(value), (0x80, 16), (None, 0xde, 0xdf))
                 + b"".join([pack_key(key) + pack(value[key], depth + 1) for key in value]))
-    text = str(value).encode("utf-8", "replace")
+    text = (value if isinstance(value, str) else str(value)).encode("utf-8", "replace")
     return pack_size(len(text), (0xa0, 32), (0xd9, 0xda, 0xdb)) + text
 
 
@@ -633,6 +655,8 @@ class WsgiExchange(Exchange):
                     result.close()
         except BaseException as exc:    # SystemExit too: it would end the thread unheard
             self.worker.loop.call_soon_threadsafe(self.on_error, exc)
+        if self.worker.channel.forked:  # a child that the program forked and did not end
+            leave(0)
 
     def environ(self):
         scope = self.scope
@@ -652,7 +676,8 @@ class WsgiExchange(Exchange):
             "REMOTE_PORT": str(client_port),
             "wsgi.version": (1, 0),
             "wsgi.url_scheme": scope["scheme"],
-            "wsgi.input": io.BufferedReader(WsgiInput(self), CREDIT),
+            "wsgi.input": (io.BytesIO() if self.body_ended and not self.body else
+                           io.BufferedReader(WsgiInput(self), CREDIT)),
             "wsgi.input_terminated": True,      # reading to the end is safe without a length
             "wsgi.errors": sys.stderr,
             "wsgi.multithread": True,
@@ -738,6 +763,33 @@ class WsgiExchange(Exchange):
 
 # ---- Loading the program ---------------------------------------------------------------
 
+def warm(sock):
+    """While no configuration is there, import what most frameworks import (a quarter of
+    their start); the names of the modules that this loaded."""
+    before = set(sys.modules)
+    for name in WARM:
+        if select.select([sock], [], [], 0)[0]:
+            break
+        try:
+            __import__(name)
+        except ImportError:             # not every distribution ships every module
+            pass
+    return set(sys.modules) - before
+
+
+def forget_shadowed(warmed, folders):
+    """A program's own secrets.py comes before the standard library's, warmed or not."""
+    own = set()
+    for folder in folders:
+        try:
+            own.update(name.partition(".")[0] for name in os.listdir(folder))
+        except OSError:
+            pass
+    for name in warmed:
+        if name.partition(".")[0] in own:
+            sys.modules.pop(name, None)
+
+
 def prepare(conf, pythonpath, warmed):
     """Environment, working folder and sys.path, as if the interpreter had started with them.
     `pythonpath` is what PYTHONPATH was when it did, `warmed` what warm() loaded."""
@@ -778,12 +830,11 @@ def import_entry(module):
     try:
         __import__(module)              # not import_module: it leaves its frames in tracebacks
     except ModuleNotFoundError as exc:
-        inside = exc.__traceback__.tb_next      # None: no line of the program ran
-        if inside is None or exc.name is None or not (module + ".").startswith(exc.name + "."):
-            if inside is not None:
-                raise
+        ours = exc.name is not None and (module + ".").startswith(exc.name + ".")
+        if not ours or exc.__traceback__.tb_next is not None:
+            raise                       # an import inside the program failed
         raise StartError("there is no module %s in %s or elsewhere on sys.path"
-                         % (exc.name or module, os.getcwd())) from None
+                         % (exc.name, os.getcwd())) from None
     return sys.modules[module]
 
 
@@ -808,11 +859,11 @@ def load(conf):
     pid = os.getpid()
     try:
         found = exec_plain(code) if code is not None else import_entry(module)
+        what = "module " + module
         for name in attribute.split("."):
             if not hasattr(found, name):
-                what = "module" if isinstance(found, types.ModuleType) else type(found).__name__
-                raise StartError("%s %s has no attribute %s" % (what, module, name))
-            found = getattr(found, name)
+                raise StartError("%s has no attribute %s" % (what, name))
+            found, what = getattr(found, name), "%s.%s" % (what, name)
     except StartError:
         raise
     except SystemExit as exc:
@@ -858,33 +909,6 @@ def interface_of(app, entry):
     if not is_async and need <= 1 <= most:
         return "asgi2"
     raise StartError("%s takes neither (scope, receive, send) nor (environ, start_response)" % entry)
-
-
-def warm(sock):
-    """While no configuration is there, import what most frameworks import (a quarter of
-    their start); the names of the modules that this loaded."""
-    before = set(sys.modules)
-    for name in WARM:
-        if select.select([sock], [], [], 0)[0]:
-            break
-        try:
-            __import__(name)
-        except ImportError:             # not every distribution ships every module
-            pass
-    return set(sys.modules) - before
-
-
-def forget_shadowed(warmed, folders):
-    """A program's own secrets.py comes before the standard library's, warmed or not."""
-    own = set()
-    for folder in folders:
-        try:
-            own.update(name.partition(".")[0] for name in os.listdir(folder))
-        except OSError:
-            pass
-    for name in warmed:
-        if name.partition(".")[0] in own:
-            sys.modules.pop(name, None)
 
 
 # ---- Lifespan --------------------------------------------------------------------------
@@ -983,11 +1007,11 @@ class Worker:
         self.tracks_tasks = False
         self.ready = self.stopping = False
 
-    async def serve(self, *launch):
+    async def serve(self, conf, pythonpath, warmed):
         self.loop = asyncio.get_running_loop()
-        self.stop = asyncio.Event()
+        self.stop, self.idle = asyncio.Event(), asyncio.Event()
         try:
-            lifespan = await self.start(*launch)
+            lifespan = await self.start(conf, pythonpath, warmed)
         except StartError as exc:       # whatever the program has begun ends here
             log(exc.details or str(exc))
             self.channel.say(START_FAILED, error_payload(str(exc), exc.details))
@@ -997,6 +1021,7 @@ class Worker:
         await self.stop.wait()
         await self.drain()
         await lifespan.shutdown()
+        self.channel.finish()
         timer = threading.Timer(EXIT_S, leave, (0,))    # for what will not end by itself
         timer.daemon = True
         timer.start()
@@ -1066,9 +1091,8 @@ class Worker:
         self.stop.set()
 
     async def drain(self):
-        deadline = time.monotonic() + DRAIN_S
-        while self.exchanges and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
+        if self.exchanges:
+            await asyncio.wait({self.loop.create_task(self.idle.wait())}, timeout=DRAIN_S)
         for exchange in list(self.exchanges.values()):
             exchange.fail("the program is shutting down")
         await asyncio.sleep(0)          # the last frames leave at the end of this turn

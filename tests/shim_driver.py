@@ -245,6 +245,11 @@ class Agent:
             assert time.monotonic() < deadline, "no %r in %r" % (text, self.output())
             time.sleep(0.01)
 
+    def cpu_s(self):
+        with open("/proc/%d/stat" % self.process.pid) as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def exit_code(self, seconds=PATIENCE_S):
         """What the process ends with; frames are read until then."""
         deadline = time.monotonic() + seconds
@@ -481,6 +486,29 @@ def background_work_does_not_delay():
 
 
 @check
+def blocking_after_the_response_does_not_delay_it():
+    with plain("""
+import time
+async def app(scope, receive, send):
+    if scope["type"] != "http":
+        raise NotImplementedError
+    await send({"type": "http.response.start", "status": 200})
+    if scope["path"] == "/parts":
+        await send({"type": "http.response.body", "body": b"part", "more_body": True})
+        time.sleep(0.5)
+    await send({"type": "http.response.body", "body": b"last"})
+    time.sleep(0.5)
+""") as agent:
+        for target, done in (("/", lambda stream: stream.closed),
+                             ("/parts", lambda stream: stream.body == b"part")):
+            number = agent.open(target)
+            agent.until(lambda: agent.streams[number].frames, 0.4)
+            assert done(agent.streams[number])
+            agent.finish(number)
+            time.sleep(0.5)             # it still sleeps after the end
+
+
+@check
 def failures_name_the_error():
     with Agent("echo") as agent:
         for target, wanted in (
@@ -530,6 +558,7 @@ async def app(scope, receive, send):
     if name == "interrupt": raise KeyboardInterrupt
     if name == "odd text": raise Odd
     if name == "long": raise ValueError("v" * 1000000)
+    if name == "lines": raise ValueError("one\\ntwo")
     if name == "nul text": raise ValueError("a\\0b\\ud800")
     await send(start)
     await send(body)
@@ -568,8 +597,12 @@ def misuse_raises_in_the_program():
                 ("odd text", "Odd: (its text cannot be had)"),
                 ("nul text", "ValueError: a\\0b?")):
             failure = agent.get("/" + name).failure
+            lacks(failure, "\n")
             assert failure and failure.startswith(wanted), "%s: %r" % (name, failure)
-        assert len(agent.get("/long").failure) < 30000
+        stream = agent.get("/lines")
+        equal(stream.failure, "ValueError: one")
+        has(stream.details, "ValueError: one\ntwo")
+        assert len(agent.get("/long").failure) < 5000
         equal(agent.get("/fine").failure, None)
         equal(agent.get("/after").failure, None)
         agent.get("/fine")
@@ -701,7 +734,7 @@ def entrypoints():
     has(start_error("hello", "main.app:x")[0], "there is no module main.app in")
     equal(start_error("hello", "main:ap")[0], "module main has no attribute ap")
     equal(start_error("broken", "package.inner.good:nested.ap")[0],
-          "type package.inner.good has no attribute ap")
+          "module package.inner.good.nested has no attribute ap")
     equal(start_error("kinds", "main:not_callable")[0], "main:not_callable is str, which cannot be called")
     for name in ("takes_nothing", "takes_four", "async_one"):
         has(start_error("kinds", "main:" + name)[0], "takes neither (scope, receive, send)")
@@ -911,6 +944,17 @@ async def app(scope, receive, send):
 
 
 @check
+def a_forked_child_of_a_wsgi_thread():
+    with Agent("kinds", "main:wsgi") as agent:
+        child = int(agent.text("/fork"))
+        deadline = time.monotonic() + 2
+        while os.path.exists("/proc/%d" % child):       # the program reaps what it forked
+            assert time.monotonic() < deadline, "the child lives on"
+            equal(agent.get("/reap").status, 200)
+            time.sleep(0.01)
+
+
+@check
 def lines_arrive_in_time():
     with Agent("echo") as agent:
         agent.json("/print/a-line")
@@ -1055,6 +1099,18 @@ def shutdown_lets_requests_finish():
         equal(agent.finish(long).failure, "the program is shutting down")
         equal(agent.exit_code(3), 0)
         has(agent.output(), "lifespan shutdown")
+
+
+@check
+def shutdown_writes_what_is_left():
+    """More than the socket holds, ended, not read, then the shutdown."""
+    with Agent("echo", refill=False) as agent:
+        numbers = [agent.open("/bytes/%d" % CREDIT) for _ in range(40)]
+        agent.frame(0, SHUTDOWN)
+        time.sleep(0.3)
+        agent.until(lambda: all(agent.streams[number].closed for number in numbers))
+        assert all(len(agent.streams[number].body) == CREDIT for number in numbers)
+        equal(agent.exit_code(), 0)
 
 
 @check
@@ -1223,7 +1279,7 @@ def event_values_as_msgpack():
                       "big": 2**63 + 5, "low": -2**63, "float": 1.5, "text": "gr\u00fc\u00df",
                       "long": "t" * 70000, "bytes": b"\0\xff", "list": [1, [2, [3]]],
                       "set": "{1}", "huge": str(2**70), "many": list(range(20)), 5: "int key",
-                      "('a', 1)": "tuple key"})
+                      "('a', 1)": "tuple key", "enum": "red"})
 
 
 @check
@@ -1290,10 +1346,13 @@ def bench():
     for folder, entry in (("hello", "main:app"), ("kinds", "main:wsgi_function")):
         for at_once in (1, 64, 512):
             with Agent(folder, entry) as agent:
-                print("%s, %d at once: %.0f requests/s" % (entry, at_once, rate(agent, at_once)))
+                before = agent.cpu_s()
+                count, took = pipeline(agent, at_once)
+                print("%s, %d at once: %.0f requests/s, %.1f us of the worker's CPU each" % (
+                    entry, at_once, count / took, (agent.cpu_s() - before) / count * 1e6))
 
 
-def rate(agent, at_once, seconds=2.0):
+def pipeline(agent, at_once, seconds=2.0):
     """Keeps so many requests under way; counts ends without looking at the rest."""
     scope = {"type": "http", "http_version": "1.1", "method": "GET", "scheme": "http",
              "path": "/", "raw_path": b"/", "query_string": b"", "root_path": "",
@@ -1322,7 +1381,7 @@ def rate(agent, at_once, seconds=2.0):
                 to_send += 1
         rest = data[at:]
         done += to_send
-    return done / (time.monotonic() - begun)
+    return done, time.monotonic() - begun
 
 
 def run(functions):

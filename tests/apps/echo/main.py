@@ -14,25 +14,35 @@ Any path not listed below answers with the request as JSON.
   /stop               SIGSTOP to itself             /block/S      blocks the event loop
   /closefds           closes fd 3 and up            /fork         a child that stays, with our fds
   /rawframe?hex=..    writes bytes to fd 3          /fill         fills fd 3 until it blocks
+  /ownframe?type=N&flags=N&hex=..                   a frame of this very exchange, on fd 3
+  /hold               half of it, then waits for    /release      which lets all /hold go on
+  /status/N           that status, with a body      /hopbyhop     headers of one connection only
+  /length/N/M         declares N bytes, sends M     /counts       of requests, begun and read
 """
 import asyncio
 import hashlib
 import json
 import os
 import signal
+import struct
 import threading
 import time
 from urllib.parse import parse_qs
 
 lifespans = 0
 disconnects = 0
+begun = 0           # requests handed to the program, whatever became of them
+whole = 0           # of these, read to the end
+held = set()        # futures of /hold
 
 
 async def app(scope, receive, send):
+    global begun
     if scope["type"] == "lifespan":
         return await lifespan(scope, receive, send)
     if scope["type"] == "aleph.message":
         return await send({"event": scope["body"], "pid": os.getpid()})
+    begun += 1
     name, *args = scope["path"].strip("/").split("/")
     await routes.get(name, echo)(scope, receive, send, *args)
 
@@ -61,6 +71,7 @@ async def answer(send, value):
 
 
 async def read(receive):
+    global whole
     size, digest, parts = 0, hashlib.sha256(), 0
     while True:
         message = await receive()
@@ -70,6 +81,7 @@ async def read(receive):
         digest.update(message["body"])
         parts += 1
         if not message["more_body"]:
+            whole += 1
             return size, digest.hexdigest(), parts
 
 
@@ -233,7 +245,55 @@ async def fill(scope, receive, send):
         os.write(3, frame)
 
 
+async def ownframe(scope, receive, send):
+    """Bytes of the program's own making, on the stream of its own request."""
+    query = parse_qs(scope["query_string"].decode(), keep_blank_values=True)
+    payload = bytes.fromhex(query["hex"][0])
+    os.set_blocking(3, True)
+    os.write(3, struct.pack("<IIBBH", len(payload), receive.__self__.stream,
+                            int(query["type"][0]), int(query["flags"][0]), 0) + payload)
+    await asyncio.sleep(30)
+
+
+async def hold(scope, receive, send):
+    await start(send)
+    await send({"type": "http.response.body", "body": b"first ", "more_body": True})
+    future = asyncio.get_running_loop().create_future()
+    held.add(future)
+    await future
+    await send({"type": "http.response.body", "body": b"last"})
+
+
+async def release(scope, receive, send):
+    await answer(send, {"released": len(held)})
+    while held:
+        held.pop().set_result(None)
+
+
+async def status(scope, receive, send, number):
+    await start(send, int(number), [(b"content-type", b"text/plain")])
+    await send({"type": "http.response.body", "body": b"a body"})
+
+
+async def length(scope, receive, send, declared, sent):
+    await start(send, 200, [(b"content-length", declared.encode())])
+    await send({"type": "http.response.body", "body": b"x" * int(sent)})
+
+
+async def hopbyhop(scope, receive, send):
+    names = (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer",
+             b"transfer-encoding", b"upgrade")
+    await start(send, 200, [(name, b"x-one") for name in names] + [(b"x-kept", b"yes")])
+    await send({"type": "http.response.body", "body": b"hops"})
+
+
+async def counts(scope, receive, send):
+    await answer(send, {"begun": begun, "whole": whole, "disconnects": disconnects})
+
+
 routes = {
+    "ownframe": ownframe, "hold": hold, "release": release, "status": status,
+    "length": length, "hopbyhop": hopbyhop, "counts": counts,
     "bytes": bytes_, "stream": stream, "sleep": sleep, "slowread": slowread,
     "background": background, "state": state, "never": never, "raise": raise_, "late": late,
     "early": early, "nothing": nothing, "badheader": badheader, "exit": exit_, "flood": flood,

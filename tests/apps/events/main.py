@@ -1,8 +1,13 @@
 """Programs that answer aleph.message events, in the ways that programs do, by the event's
 text; and one like the network's SDK wrapper, whose call returns what is to be awaited."""
 import asyncio
+import enum
 
 keep = []
+
+
+class Colour(str, enum.Enum):
+    RED = "red"
 
 
 async def app(scope, receive, send):
@@ -17,7 +22,7 @@ async def app(scope, receive, send):
                     "big": 2**63 + 5, "low": -2**63, "float": 1.5, "text": "gr\u00fc\u00df",
                     "long": "t" * 70000, "bytes": b"\0\xff", "list": [1, [2, (3,)]],
                     "set": {1}, "huge": 2**70, "many": list(range(20)), 5: "int key",
-                    ("a", 1): "tuple key"})
+                    ("a", 1): "tuple key", "enum": Colour.RED})
     elif body == "scalar":
         await send("just text")
     elif body == "big":

@@ -3,6 +3,7 @@ WSGI programs do."""
 import functools
 import hashlib
 import json
+import os
 import time
 
 
@@ -180,6 +181,14 @@ def wsgi(environ, start_response):
         return [b"never"]
     if name == "raise":
         raise ValueError("raised on purpose")
+    if name == "fork":
+        child = os.fork()               # the child comes back as if nothing had happened
+        start_response("200 OK", plain)
+        return [b"%d" % child]
+    if name == "reap":
+        os.waitpid(-1, os.WNOHANG)
+        start_response("200 OK", plain)
+        return []
     if name == "empty":
         start_response("204 No Content", [])
         return []
