@@ -1898,17 +1898,24 @@ static void boot_protect(void)
         log_debug("RLIMIT_NOFILE: %s", strerror(errno));
 }
 
-/* Descriptors 0 to 2 are open, whatever the kernel gave us: none of our own may land there,
- * as children inherit them. The console is opened again, without blocking. */
-static void boot_console(void)
+/* Descriptors 0 to 2 are open, whatever the kernel gave us and even where there is no /dev:
+ * none of our own may land there, as children inherit them. */
+static void boot_descriptors(void)
 {
     int fd;
 
-    do
+    do {
         fd = open("/dev/null", O_RDWR | O_CLOEXEC);
-    while (fd >= 0 && fd <= 2);
+        if (fd < 0)
+            fd = open("/", O_RDONLY | O_CLOEXEC);
+    } while (fd >= 0 && fd <= 2);
     fd_close(&fd);
-    fd = open("/dev/console", O_WRONLY | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+}
+
+/* The console is opened again, without blocking. */
+static void boot_console(void)
+{
+    int fd = open("/dev/console", O_WRONLY | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
     if (fd >= 0)
         agent_log.fd = fd;
 }
@@ -8198,11 +8205,13 @@ static void agent_boot_early(struct agent *a)
     static const char *const vsock[] = { "virtio_pci", "virtio_mmio", "vmw_vsock_virtio_transport", NULL };
     struct boot *b = &a->boot;
 
-    for (size_t i = 0; i < COUNT(boot_mounts_early); i++)
-        boot_mount(&boot_mounts_early[i]);
-    boot_console();
-    boot_stage(b, "proc, dev");
+    if (!agent_is_sandboxed(a))
+        for (size_t i = 0; i < COUNT(boot_mounts_early); i++)
+            boot_mount(&boot_mounts_early[i]);
+    boot_descriptors();
     if (!agent_is_sandboxed(a)) {
+        boot_console();
+        boot_stage(b, "proc, dev, console");
         agent_read_command_line();
         boot_overlay();
         boot_stage(b, "overlay");
