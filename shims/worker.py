@@ -867,10 +867,10 @@ def load(conf):
     except StartError:
         raise
     except SystemExit as exc:
-        if os.getpid() != pid:
-            raise
         raise StartError(exit_text(exc, "while it was imported"), format_error(exc))
     except BaseException as exc:
+        if os.getpid() != pid:
+            log(format_error(exc))
         raise StartError("%s cannot be imported: %s" % (module, describe(exc)), format_error(exc))
     finally:
         if os.getpid() != pid:          # a child that the program forked and did not end

@@ -22,9 +22,16 @@ PYTHON, WORKER, APPS = sys.argv[1:4]
 CONFIGURE, REQUEST, BODY, DISCONNECT, SHUTDOWN, WINDOW = range(1, 7)
 HELLO, READY, START_FAILED, HEAD, RESPONSE, FAILURE = range(7, 13)
 END, CREDIT, PIECE, FRAME_MAX = 1, 65536, 65536, 262144
+OWN_FILE = os.path.basename(WORKER)
 PATIENCE_S = 10
 SHARES = 3                              # processes that run the checks
 checks = []
+
+
+# Of Python's own variables only the way to frameworks that are installed elsewhere.
+environment = {name: value for name, value in os.environ.items()
+               if name == "PYTHONPATH" or not name.startswith("PYTHON")}
+environment["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
 class Stream:
@@ -48,12 +55,13 @@ class Agent:
         self.drip, self.refill = drip, refill
         self.streams, self.last, self.data = {}, 0, b""
         self.hello = self.ready = self.ended = False
+        self.held = None
         self.start_error = None
         self.sock, other = socket.socketpair()
         self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [PYTHON, *flags, WORKER], stdin=subprocess.DEVNULL, stdout=self.out, stderr=self.err,
-            env=dict(os.environ, PYTHONDONTWRITEBYTECODE="1", **(exec_env or {})), pass_fds=(3,),
+            env=dict(environment, **(exec_env or {})), pass_fds=(3,),
             preexec_fn=lambda: os.dup2(other.fileno(), 3))
         other.close()
         self.conf = dict(entry=entry, code=None, path=[], env=env or {}, lifespan_s=5.0,
@@ -86,11 +94,21 @@ class Agent:
 
     def frame(self, stream, kind, payload=b"", flags=0):
         data = struct.pack("<IIBBH", len(payload), stream, kind, flags, 0) + payload
-        if self.drip:
+        if self.held is not None:
+            self.held += data
+        elif self.drip:
             for at in range(len(data)):
                 self.sock.sendall(data[at:at + 1])
         else:
             self.sock.sendall(data)
+
+    def hold(self):
+        """Keep what is sent from now on, until release() sends it in one write."""
+        self.held = b""
+
+    def release(self):
+        data, self.held = self.held, None
+        self.sock.sendall(data)
 
     def until(self, done, seconds=PATIENCE_S):
         deadline = time.monotonic() + seconds
@@ -429,6 +447,48 @@ def response_waits_for_credit():
 
 
 @check
+def last_piece_waits_for_credit():
+    with Agent("echo", refill=False) as agent:
+        for target in ("/bytes/70000", "/stream/2/70000"):
+            number = agent.open(target)
+            stream = agent.streams[number]
+            agent.until(lambda: len(stream.body) == CREDIT)
+            agent.quiet()
+            agent.allow(number, 4000)
+            agent.until(lambda: len(stream.body) == CREDIT + 4000)
+            agent.quiet()
+            agent.allow(number, 100000)
+            agent.finish(number)
+
+
+@check
+def much_credit_makes_no_larger_frames():
+    with Agent("echo", refill=False) as agent:
+        agent.hold()
+        number = agent.open("/bytes/200000")
+        agent.allow(number, 1000000)
+        agent.release()
+        equal(len(agent.finish(number).body), 200000)
+    with Agent("kinds", "main:wsgi", refill=False) as agent:
+        agent.hold()
+        number = agent.open("/parts/200000")
+        agent.allow(number, 1000000)
+        agent.release()
+        equal(len(agent.finish(number).body), 200001)
+
+
+@check
+def an_agent_that_reads_late():
+    with Agent("echo", refill=False) as agent:
+        numbers = []
+        for _ in range(3):
+            numbers += [agent.open("/bytes/%d" % CREDIT) for _ in range(20)]
+            time.sleep(0.2)
+        for number in numbers:
+            equal(len(agent.finish(number).body), CREDIT)
+
+
+@check
 def response_of_exactly_the_credit():
     with Agent("echo", refill=False) as agent:
         equal(agent.get("/bytes/%d" % CREDIT).frames, [CREDIT])
@@ -522,7 +582,7 @@ def failures_name_the_error():
             if target != "/nothing":
                 has(stream.details, "main.py")
                 has(agent.errors(), wanted)
-                lacks(stream.details.split("main.py")[0], "worker.py")
+                lacks(stream.details, OWN_FILE if "raise" in target else "importlib")
         stream = agent.get("/late")
         equal((stream.status, bytes(stream.body)), (200, b"half"))
         equal(agent.get("/bytes/3").status, 200)
@@ -668,7 +728,7 @@ def disconnect_closes_at_once():
             agent.frame(number, DISCONNECT)
             stream = agent.finish(number, 1)
             equal((stream.failure, stream.frames[-1]), (None, 0))
-        equal(agent.json("/disconnects"), {"disconnects": 1})
+        assert agent.json("/disconnects")["disconnects"] >= 1      # /never has heard of it
         time.sleep(0.4)
         equal(agent.get("/bytes/5").status, 200)
         has(agent.errors(), "the client went away inside the body")
@@ -748,7 +808,7 @@ def failing_imports():
     message, details, errors = start_error("broken", "raises:app")
     equal(message, "raises cannot be imported: ValueError: at import")
     has(details, 'in deep\n    raise ValueError("at import")')
-    for noise in ("worker.py", "importlib"):
+    for noise in (OWN_FILE, "importlib"):
         lacks(details, noise)
     has(errors, "ValueError: at import")
     message, details, _ = start_error("broken", "exits:app")
@@ -770,6 +830,8 @@ def fork_while_importing():
             equal(agent.text("/"), "parent")
             time.sleep(0.1)
             equal(agent.text("/"), "parent")
+            raised = ["ValueError: in the child"] if entry == "forks_raises:app" else []
+            equal(agent.errors().strip().split("\n")[-1:] if raised else agent.errors(), raised or "")
 
 
 @check
@@ -931,16 +993,25 @@ def a_forked_child_that_comes_back():
     with plain("""
 import os
 async def app(scope, receive, send):
-    if scope["type"] != "http":
-        raise NotImplementedError
+    if scope["type"] == "lifespan":
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        print("shutdown", os.getpid())
+        return await send({"type": "lifespan.shutdown.complete"})
     child = os.fork()
+    if not child and scope["path"] == "/return":
+        return
     await send({"type": "http.response.start", "status": 200})
     await send({"type": "http.response.body", "body": b"parent" if child else b"child"})
     if child:
         os.waitpid(child, 0)
 """) as agent:
-        for _ in range(3):
-            equal(agent.text("/"), "parent")
+        for target in ("/", "/return", "/"):
+            equal(agent.text(target), "parent")
+        agent.frame(0, SHUTDOWN)
+        equal(agent.exit_code(), 0)
+        equal(agent.output(), "shutdown %d\n" % agent.process.pid)
 
 
 @check
@@ -995,12 +1066,10 @@ async def app(scope, receive, send):
 
 @check
 def lifespans_that_fail():
-    begun = time.monotonic()
     message, details, _ = start_error("lifespan", "main:hang", lifespan_s=0.3)
     equal(message, "lifespan startup not answered within 0.3 s")
     has(details, "await asyncio.sleep(3600)")
     has(start_error("lifespan", "main:stubborn", lifespan_s=0.3)[0], "not answered within 0.3 s")
-    assert time.monotonic() - begun < 5
     equal(start_error("lifespan", "main:fail")[:2], ("lifespan startup failed: no database", "no database"))
     message, details, _ = start_error("lifespan", "main:startup_raises")
     equal(message, "lifespan startup failed: RuntimeError: no database")
@@ -1099,6 +1168,11 @@ def shutdown_lets_requests_finish():
         equal(agent.finish(long).failure, "the program is shutting down")
         equal(agent.exit_code(3), 0)
         has(agent.output(), "lifespan shutdown")
+    with Agent("echo") as agent:
+        number = agent.open("/sleep/0.2")
+        agent.frame(0, SHUTDOWN)
+        equal(agent.finish(number).status, 200)
+        equal(agent.exit_code(0.7), 0)          # no longer than the requests need
 
 
 @check
@@ -1221,6 +1295,19 @@ def wsgi_credit_and_disconnect():
         deadline = time.monotonic() + 2
         while agent.text("/closed") != "1":     # the iteration has stopped
             assert time.monotonic() < deadline
+        equal(agent.errors(), "")
+
+
+@check
+def wsgi_disconnects_at_any_moment():
+    with Agent("kinds", "main:wsgi") as agent:
+        for _ in range(10):
+            numbers = [agent.open("/forever") for _ in range(20)]
+            for number in numbers:
+                agent.until(lambda: len(agent.streams[number].body) > CREDIT)
+                agent.frame(number, DISCONNECT)
+            for number in numbers:
+                agent.finish(number)
         equal(agent.errors(), "")
 
 
