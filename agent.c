@@ -1797,7 +1797,7 @@ static bool kernel_has(const char *file_system)
 
 /* A read-only root gets a tmpfs over it; the old one stays at /rom (pivot_root(2)). The
  * tmpfs needs a folder to sit on until then, which must exist already. */
-static int boot_overlay(void)
+static int boot_overlay(struct boot *b)
 {
     static const char *const seats[] = { "/run", "/mnt", "/tmp", "/var", NULL };
     static const char *const overlay[] = { "overlay", NULL };
@@ -1808,8 +1808,10 @@ static int boot_overlay(void)
 
     if (statvfs("/", &fs) < 0 || !(fs.f_flag & ST_RDONLY))
         return 0;
-    if (!kernel_has("overlay"))
+    if (!kernel_has("overlay")) {
         boot_modules(overlay);
+        boot_stage(b, "modules");
+    }
     while (seats[i] && (stat(seats[i], &st) < 0 || !S_ISDIR(st.st_mode)))
         i++;
     if (!seats[i]) {
@@ -4487,7 +4489,7 @@ static void worker_parse(struct worker *w)
 static void worker_hung_up(struct worker *w)
 {
     loop_want(w->loop, &w->channel, 0);
-    if (w->child.pid > 0)
+    if (w->child.pid > 0 && w->state != WORKER_STOPPING)
         loop_after(w->loop, &w->channel, WORKER_REAP_MS);
 }
 
@@ -5050,11 +5052,12 @@ static void program_describe_end(struct program *p, struct worker *w, int status
     char how[128];
     int64_t kills = cgroup_oom_kills(p->children);
 
+    bool killed = WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL;
     child_describe(how, sizeof how, status);
-    buf_add_format(out, "the program %s %s", w->name, w->broken[0] ? "was killed" : how);
+    buf_add_format(out, "the program %s %s", w->name, w->broken[0] && killed ? "was killed" : how);
     if (w->broken[0])
         buf_add_format(out, ": %s", w->broken);
-    else if (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL && kills > p->oom_kills)
+    else if (killed && kills > p->oom_kills)
         buf_add_text(out, ": out of memory");
     p->oom_kills = kills;
 }
@@ -8213,7 +8216,7 @@ static void agent_boot_early(struct agent *a)
         boot_console();
         boot_stage(b, "proc, dev, console");
         agent_read_command_line();
-        boot_overlay();
+        boot_overlay(b);
         boot_stage(b, "overlay");
         if (!boot_has_vsock()) {
             boot_modules(vsock);
