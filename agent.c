@@ -1975,10 +1975,11 @@ static unsigned net_index(const char *name)
     return n > 0 ? (unsigned)strtoul(text, NULL, 10) : 0;
 }
 
-static int net_link_up(int fd, unsigned index)
+/* flags: IFF_UP, or 0 to take it down, and its routes with it. */
+static int net_link(int fd, unsigned index, unsigned flags)
 {
     struct net_message m;
-    struct ifinfomsg link = { .ifi_index = (int)index, .ifi_flags = IFF_UP, .ifi_change = IFF_UP };
+    struct ifinfomsg link = { .ifi_index = (int)index, .ifi_flags = flags, .ifi_change = IFF_UP };
 
     net_start(&m, RTM_NEWLINK, 0, &link, sizeof link);
     return net_call(fd, &m);
@@ -1997,7 +1998,8 @@ static size_t net_parse(const char *text, int family, unsigned char *bytes, unsi
     return family == AF_INET ? 4 : 16;
 }
 
-static int net_add_address(int fd, unsigned index, int family, const char *text)
+/* type: RTM_NEWADDR or RTM_DELADDR. */
+static int net_address(int fd, unsigned index, uint16_t type, int family, const char *text)
 {
     struct net_message m;
     unsigned char bytes[16];
@@ -2006,7 +2008,7 @@ static int net_add_address(int fd, unsigned index, int family, const char *text)
         .ifa_prefixlen = family == AF_INET ? 24 : 128, .ifa_flags = IFA_F_NODAD };
     size_t n = net_parse(text, family, bytes, &a.ifa_prefixlen);
 
-    net_start(&m, RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, &a, sizeof a);
+    net_start(&m, type, type == RTM_NEWADDR ? NLM_F_CREATE | NLM_F_REPLACE : 0, &a, sizeof a);
     net_attr(&m, IFA_LOCAL, bytes, n);
     net_attr(&m, IFA_ADDRESS, bytes, n);
     return net_call(fd, &m);
@@ -2035,7 +2037,7 @@ static int net_open(void)
 static int net_loopback(void)
 {
     int fd = net_open();
-    int rc = fd < 0 ? -1 : net_link_up(fd, 1);      /* lo is always the first */
+    int rc = fd < 0 ? -1 : net_link(fd, 1, IFF_UP);      /* lo is always the first */
 
     if (rc < 0)
         log_errno("loopback");
@@ -2043,8 +2045,10 @@ static int net_loopback(void)
     return rc;
 }
 
+#define RESOLVER_PATH   "/etc/resolv.conf"
+
 /* resolv.conf(5): the first of each, limits.dns_servers of them. Replaced as a whole, also
- * where it is a link that leads nowhere. */
+ * where it is a link that leads nowhere; net_undo puts the one before back. */
 static int net_resolver(const struct conf *c)
 {
     struct buf text = { 0 };
@@ -2059,11 +2063,30 @@ static int net_resolver(const struct conf *c)
         buf_add_format(&text, "nameserver %s\n", c->dns_servers[i]);
         kept++;
     }
-    int rc = kept == 0 ? 0
-           : file_write("/etc/resolv.conf.agent", buf_at(&text), text.len, 0644) < 0
-             || rename("/etc/resolv.conf.agent", "/etc/resolv.conf") < 0 ? -1 : 0;
+    int rc = kept == 0 ? 0 : file_write(RESOLVER_PATH ".agent", buf_at(&text), text.len, 0644);
+    if (kept > 0 && rc == 0 && rename(RESOLVER_PATH, RESOLVER_PATH ".before") < 0)
+        rc = errno == ENOENT ? file_write(RESOLVER_PATH ".before", "", 0, 0644) : -1;
+    if (kept > 0 && rc == 0)
+        rc = rename(RESOLVER_PATH ".agent", RESOLVER_PATH);
     buf_fini(&text);
     return rc;
+}
+
+/* Takes back what net_apply did, as far as it came: what is not there cannot be removed. */
+static void net_undo(const struct conf *c)
+{
+    unsigned index = c->ip || c->ipv6 ? net_index("eth0") : 0;
+    int fd = index ? net_open() : -1;
+
+    if (fd >= 0 && c->ip)
+        net_address(fd, index, RTM_DELADDR, AF_INET, c->ip);
+    if (fd >= 0 && c->ipv6)
+        net_address(fd, index, RTM_DELADDR, AF_INET6, c->ipv6);
+    if (fd >= 0)
+        net_link(fd, index, 0);
+    fd_close(&fd);
+    if (c->dns_servers_len > 0)
+        rename(RESOLVER_PATH ".before", RESOLVER_PATH);
 }
 
 /* Addresses, routes and name servers on eth0; a machine without a NIC is fine. */
@@ -2074,21 +2097,21 @@ static int net_apply(const struct conf *c, struct buf *why)
     int fd = -1, rc = -1;
 
     if (net_resolver(c) < 0) {
-        buf_add_format(why, "dns_servers: /etc/resolv.conf: %s", strerror(errno));
+        buf_add_format(why, "dns_servers: " RESOLVER_PATH ": %s", strerror(errno));
         return -1;
     }
     if (index == 0 || (!c->ip && !c->ipv6))
         return 0;
-    if ((fd = net_open()) < 0 || net_link_up(fd, index) < 0)
+    if ((fd = net_open()) < 0 || net_link(fd, index, IFF_UP) < 0)
         goto done;
     step = "ip";
-    if (c->ip && net_add_address(fd, index, AF_INET, c->ip) < 0)
+    if (c->ip && net_address(fd, index, RTM_NEWADDR, AF_INET, c->ip) < 0)
         goto done;
     step = "route";
     if (c->ip && c->route && net_add_route(fd, index, AF_INET, c->route) < 0)
         goto done;
     step = "ipv6";
-    if (c->ipv6 && net_add_address(fd, index, AF_INET6, c->ipv6) < 0)
+    if (c->ipv6 && net_address(fd, index, RTM_NEWADDR, AF_INET6, c->ipv6) < 0)
         goto done;
     step = "ipv6_gateway";
     if (c->ipv6 && c->ipv6_gateway && net_add_route(fd, index, AF_INET6, c->ipv6_gateway) < 0)
@@ -5432,11 +5455,9 @@ static void setup_on_undone(struct job *j, bool ok, struct span report)
     buf_fini(&s->undo_trace);
 }
 
-/* Takes back what was applied before the step that failed, then answers. */
+/* Takes the files back that were unpacked before the step that failed, then answers. */
 static void setup_undo(struct aleph_server *s, struct span text, struct span traceback)
 {
-    if (s->conf.hostname[0])
-        sethostname(s->old_hostname, strlen(s->old_hostname));
     s->setup_state = SETUP_UNDOING;
     s->setup.run = setup_remove;
     s->setup.on_done = setup_on_undone;
@@ -5464,8 +5485,6 @@ static void setup_on_unpacked(struct job *j, bool ok, struct span report)
     struct conf program = { 0 };
 
     if (!ok) {
-        if (s->conf.hostname[0])
-            sethostname(s->old_hostname, strlen(s->old_hostname));
         setup_finish(s, false, report, SPAN(""));
         return;
     }
@@ -6798,6 +6817,19 @@ static void http_read_head(struct http *h)
         http_refuse(h, 431, "the head is too large");
 }
 
+/* Within an exchange: who keeps us waiting? A client has a limit, the program its own. */
+static void http_await(struct http *h)
+{
+    struct conn *c = &h->conn;
+
+    if (c->out.len > 0)
+        conn_after(c, limits.send_ms);
+    else if (h->state == HTTP_IN_BODY && c->in.len == 0)
+        conn_after(c, limits.body_ms);
+    else
+        conn_never(c);
+}
+
 /* Hands on as much of the body as the program takes now. */
 static void http_read_body(struct http *h)
 {
@@ -6809,15 +6841,12 @@ static void http_read_body(struct http *h)
     if (h->request_done) {
         h->state = HTTP_ANSWERING;
         c->paused = true;
-        conn_never(c);
     } else if (c->eof && c->in.len == 0) {
         log_info("http: the client left within its request");
         conn_close(c);
-    } else if (c->in.len == 0) {
-        conn_after(c, limits.body_ms);
-    } else if (c->out.len == 0) {
-        conn_never(c);              /* the program reads when it likes */
+        return;
     }
+    http_await(h);
 }
 
 /* Goes on as far as input and the program's appetite allow. */
@@ -6842,10 +6871,8 @@ static void http_on_sent(struct conn *c)
         h->owed = 0;
         exchange_consumed(&h->ex, n);
     }
-    if (c->out.len > 0)
-        conn_after(c, limits.send_ms);
-    else if (h->state == HTTP_ANSWERING)
-        conn_never(c);
+    if (h->state != HTTP_IN_HEAD)
+        http_await(h);
 }
 
 static void http_on_deadline(struct conn *c)
