@@ -8,6 +8,7 @@ need binutils buildah ca-certificates mmdebstrap
 
 tmp=$(mktemp -d) failed=0
 trap 'rm -rf "$tmp"' EXIT
+trap 'exit 143' TERM
 
 # check NAME COMMAND...: what a failing command says is why.
 check() {
