@@ -424,11 +424,12 @@ static void buf_added(struct buf *b, size_t n)
 
 static int buf_add(struct buf *b, const void *p, size_t n)
 {
+    if (n == 0)
+        return b->failed ? -1 : 0;
     char *to = buf_room(b, n);
     if (!to)
         return -1;
-    if (n > 0)
-        memcpy(to, p, n);
+    memcpy(to, p, n);
     b->len += n;
     return 0;
 }
@@ -3547,7 +3548,7 @@ static void conn_read(struct conn *c)
         c->gone |= n < 0;
         return;
     }
-    if (c->state == CONN_LINGERING)
+    if (c->state != CONN_OPEN)      /* nobody will parse it */
         return;
     if (buf_add(&c->in, bytes, (size_t)n) < 0) {
         log_info("%s: no memory for input, closed", c->proto->name);
@@ -3560,6 +3561,8 @@ static void conn_read(struct conn *c)
 static void conn_drained(struct conn *c)
 {
     if (!c->linger || c->eof) {
+        if (!c->eof)
+            conn_read(c);           /* closing over unread bytes is a reset too */
         conn_close(c);
         return;
     }
@@ -3997,8 +4000,11 @@ static size_t exchange_room(struct exchange *ex)
 /* At most exchange_room bytes; `last` ends the body and may come with none. */
 static void exchange_body(struct exchange *ex, struct span data, bool last)
 {
-    if (ex->backend)
-        ex->backend->body(ex, data, last);
+    if (!ex->backend)
+        return;
+    if (!ex->head_seen)             /* a long upload is no silence of the program's */
+        loop_after(ex->loop, &ex->timer, limits.response_head_ms);
+    ex->backend->body(ex, data, last);
 }
 
 static void exchange_consumed(struct exchange *ex, size_t n)
@@ -4431,8 +4437,10 @@ static void worker_on_failure(struct stream **at, struct span payload)
     struct span text, traceback;
 
     failure_split(payload, &text, &traceback);
-    if (ex)
-        exchange_fail(ex, FAILURE_EXCEPTION, text, traceback);
+    if (!ex)
+        return;
+    log_info("request failed: %.*s", (int)text.n, text.p);
+    exchange_fail(ex, FAILURE_EXCEPTION, text, traceback);
 }
 
 static void worker_on_stream(struct worker *w, uint32_t id, unsigned type, unsigned flags, struct span payload)
@@ -5404,10 +5412,14 @@ PRINTF(2, 3) static void aleph_refuse_conf(struct aleph *a, const char *format, 
 
 static void setup_finish(struct aleph_server *s, bool ok, struct span text, struct span traceback)
 {
-    if (ok)
+    if (ok) {
         log_info("aleph: configured");
-    else
+    } else {
         log_info("aleph: configuration failed: %.*s", (int)(text.n < 400 ? text.n : 400), text.p);
+        net_undo(&s->conf);
+        if (s->conf.hostname[0])
+            sethostname(s->old_hostname, strlen(s->old_hostname));
+    }
     s->setup_state = ok ? SETUP_DONE : SETUP_NONE;
     if (s->configurer)
         aleph_configured(s->configurer, ok, text, traceback);
@@ -6013,6 +6025,8 @@ static void command_read(struct command *cmd)
         if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
             if (cmd->dead)
                 command_end(cmd, "");
+            else
+                loop_want(cmd->server->loop, &cmd->pipe, EPOLLIN);
             return;
         }
         if (n <= 0) {
@@ -6156,6 +6170,7 @@ static void aleph_on_first(struct aleph *a)
         a->state = ALEPH_CONF;
     } else if (first == '!' || first == 'h') {
         a->state = ALEPH_TEXT;
+        c->in_max = (size_t)limits.command_bytes + 1;       /* past the limit it can be told apart */
     } else if ((first & 0xf0) == 0x80 || first == 0xde || first == 0xdf) {
         a->state = ALEPH_MAP;
         mp_scan_init(&a->scan);
@@ -6313,7 +6328,8 @@ struct http {
     struct part         authority, name;            /* in ex.request.text */
     size_t              head_bytes, extra_bytes;    /* of this request: head; extensions, trailers */
     int64_t             body_bytes;
-    unsigned            hosts, codings;             /* Host and Transfer-Encoding fields */
+    unsigned            fields, hosts, codings;     /* all, Host and Transfer-Encoding fields */
+    unsigned            protocol_bytes;             /* of "HTTP" seen */
     bool                head_done, request_done, response_done, head_sent;
     bool                expects;                    /* 100-continue */
     bool                keep_alive, is_head;
@@ -6558,14 +6574,38 @@ static int http_on_value(llhttp_t *parser, const char *p, size_t n)
     return buf_add(&h->ex.request.text, p, n);
 }
 
-static bool http_host_ok(struct span host)              /* RFC 9112 section 3.2 */
+/* A name, an IPv4 address or an IPv6 address in brackets, and perhaps a port: RFC 9110
+ * section 7.2, RFC 3986 section 3.2. */
+static bool http_host_ok(struct span host)
 {
-    for (size_t i = 0; i < host.n; i++) {
-        unsigned char c = (unsigned char)host.p[i];
-        if (!is_unreserved(c) && !(c && strchr("!$&'()*+,;=:[]%", c)))
+    const char *p = host.p, *end = host.p + host.n;
+    char v6[INET6_ADDRSTRLEN];
+    struct in6_addr ignored;
+
+    if (p < end && *p == '[') {
+        const char *close = memchr(p, ']', host.n);
+        if (!close || close - p > (ptrdiff_t)sizeof v6)
+            return false;
+        snprintf(v6, sizeof v6, "%.*s", (int)(close - p - 1), p + 1);
+        if (inet_pton(AF_INET6, v6, &ignored) != 1)
+            return false;
+        p = close + 1;
+    } else {
+        while (p < end && *p != ':')
+            if (*p == '%' && end - p > 2 && isxdigit((unsigned char)p[1]) && isxdigit((unsigned char)p[2]))
+                p += 3;
+            else if (is_unreserved((unsigned char)*p) || (*p && strchr("!$&'()*+,;=", *p)))
+                p++;
+            else
+                return false;
+        if (p == host.p)
             return false;
     }
-    return host.n > 0;
+    if (p < end && *p++ != ':')
+        return false;
+    while (p < end && isdigit((unsigned char)*p))
+        p++;
+    return p == end;
 }
 
 /* The fields that decide how a message is read; llhttp has its own idea of them, which a
@@ -6602,8 +6642,12 @@ static int http_on_value_complete(llhttp_t *parser)
     if (h->head_done)
         return 0;
     size_t at = h->name.at + h->name.n + 1;
+    while (r->text.len > at && strchr(" \t", buf_at(&r->text)[r->text.len - 1]))
+        r->text.len--;                      /* white space around a value is none of it */
     struct span name = request_part(r, h->name);
     struct span value = { buf_at(&r->text) + at, r->text.len - at };
+    if (++h->fields > limits.head_fields)
+        return http_wrong(h, 431, "too many fields");
     if (http_check_field(h, name, value) < 0)
         return -1;
     if (field_is_hop_by_hop(name)) {
@@ -6617,8 +6661,7 @@ static int http_on_value_complete(llhttp_t *parser)
             buf_fini(&copy);
         }
         buf_add_byte(&r->text, 0);
-        if (++r->fields_count > (uint32_t)limits.head_fields)
-            return http_wrong(h, 431, "too many fields");
+        r->fields_count++;
     }
     h->name = request_part_begin(r);
     return r->text.failed ? http_wrong(h, 503, "no memory for the head") : 0;
@@ -6661,6 +6704,17 @@ static int http_on_url_complete(llhttp_t *parser)
     return 0;
 }
 
+/* llhttp takes RTSP and ICE too. */
+static int http_on_protocol(llhttp_t *parser, const char *p, size_t n)
+{
+    struct http *h = http_of(parser);
+
+    if (n > 4 - h->protocol_bytes || memcmp("HTTP" + h->protocol_bytes, p, n) != 0)
+        return http_wrong(h, 400, "a protocol other than HTTP");
+    h->protocol_bytes += (unsigned)n;
+    return 0;
+}
+
 static int http_check_head(struct http *h)
 {
     const llhttp_t *p = &h->parser;
@@ -6673,6 +6727,8 @@ static int http_check_head(struct http *h)
         return http_wrong(h, 400, "no Host field");
     if (p->http_minor == 0 && h->codings > 0)
         return http_wrong(h, 400, "Transfer-Encoding in HTTP/1.0");
+    if (h->codings > 0 && !(p->flags & F_CHUNKED))      /* the parser must agree on the length */
+        return http_wrong(h, 400, "a Transfer-Encoding that is not clearly chunked");
     if (p->flags & F_CONTENT_LENGTH && (p->content_length > INT64_MAX
         || (int64_t)p->content_length > limits.http_body_bytes))
         return http_wrong(h, 413, "the body is larger than the limit");
@@ -6723,7 +6779,7 @@ static int http_on_extension(llhttp_t *parser, const char *p, size_t n)
 }
 
 static const llhttp_settings_t http_settings = {
-    .on_url = http_on_url, .on_url_complete = http_on_url_complete,
+    .on_url = http_on_url, .on_url_complete = http_on_url_complete, .on_protocol = http_on_protocol,
     .on_header_field = http_on_field, .on_header_field_complete = http_on_field_complete,
     .on_header_value = http_on_value, .on_header_value_complete = http_on_value_complete,
     .on_headers_complete = http_on_headers_complete, .on_body = http_on_body,
@@ -6741,7 +6797,7 @@ static void http_reset(struct http *h)
     h->authority = h->name = (struct part){ 0 };
     h->head_bytes = h->extra_bytes = h->owed = 0;
     h->body_bytes = 0;
-    h->hosts = h->codings = 0;
+    h->fields = h->hosts = h->codings = h->protocol_bytes = 0;
     h->head_done = h->request_done = h->response_done = h->head_sent = false;
     h->expects = h->keep_alive = h->is_head = h->chunked = h->no_body = false;
 }
@@ -7257,7 +7313,7 @@ static int call_print_error(const struct call *c)
             fputc('\n', stderr);
         seen = text;
     }
-    return seen.n > 0 ? EXIT_FAILED : call_failed(c, "the guest reports a failure and no error");
+    return seen.n > 0 ? EXIT_FAILED : call_failed(c, "the reply holds neither an answer nor an error");
 }
 
 /* A msgpack value as JSON. What JSON lacks becomes the nearest that it has: bytes are text,
