@@ -37,14 +37,18 @@ held = set()        # futures of /hold
 
 
 async def app(scope, receive, send):
-    global begun
+    global begun, disconnects
     if scope["type"] == "lifespan":
         return await lifespan(scope, receive, send)
     if scope["type"] == "aleph.message":
         return await send({"event": scope["body"], "pid": os.getpid()})
     begun += 1
     name, *args = scope["path"].strip("/").split("/")
-    await routes.get(name, echo)(scope, receive, send, *args)
+    try:
+        await routes.get(name, echo)(scope, receive, send, *args)
+    except OSError:
+        disconnects += 1
+        raise
 
 
 async def lifespan(scope, receive, send):

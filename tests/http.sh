@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The HTTP front, by raw bytes over its socket. Numbers in names are those of the list of bad
+# inputs; the cases stand in http_raw.py.
+. "$(dirname "$0")/lib.sh"
+
+# drive GROUP: its lines are checks; then the standing rule.
+drive() {
+    local line
+    SANITIZED=$(is_sanitized && echo yes || true) timeout 120 "$PYTHON" "$TESTS/http_raw.py" \
+        "$HTTP" "$CONSOLE" "$PID1" "$1" >"$T/drive" 2>&1 || fail "$1: runs to its end" "status $?"
+    while IFS= read -r line; do
+        case $line in
+        'ok '*) pass "${line#ok }" ;;
+        'FAIL '*) fail "$(cut -d: -f1 <<<"${line#FAIL }")" "${line#*: }" ;;
+        *) fail "$1: prints checks only" "$line" ;;
+        esac
+    done <"$T/drive"
+    guest_ok "$1: well afterwards"
+}
+
+GOOD=(http /bytes/6)
+
+# Buffers, the log and its ring have their full size in the baseline.
+warm_up() {
+    http /flood/1 >/dev/null
+    http /bytes/1048576 | http / --data-binary @- >/dev/null
+    baseline
+}
+
+ns_start
+configure "$APPS/echo" main:app
+warm_up
+for group in ${GROUPS_WANTED:-parser lengths lines bytes versions sizes paths smuggling bodies methods keepalive \
+    expect leaving memory unread together programs idle}; do
+    drive "$group"
+done
+
+ns_start --limit http_body_bytes=1048576 --limit silent_ms=600 --limit head_ms=800 \
+    --limit body_ms=700 --limit idle_ms=900 --limit response_head_ms=1500 \
+    --limit send_ms=1000 --limit conns=64
+configure "$APPS/echo" main:app
+warm_up
+drive limits
+drive times
