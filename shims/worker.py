@@ -322,6 +322,7 @@ class Exchange:
             self.on_error(exc)
         finally:
             self.worker.running.discard(self)
+            self.worker.check_idle()
 
     async def call(self):
         await self.worker.app(self.scope, self.receive, self.send)
@@ -356,13 +357,14 @@ class Exchange:
     def closed(self):
         self.is_open = False
         del self.worker.exchanges[self.stream]
-        if self.worker.stopping and not self.worker.exchanges:
-            self.worker.idle.set()
+        self.worker.check_idle()
         self.wake()
 
     def on_error(self, exc):
         if self.gone and comes_from_disconnect(exc):
             return                      # the program heard of it and stopped, as it should
+        if not self.is_open and self.worker.stopping and isinstance(exc, asyncio.CancelledError):
+            return                      # work after the response that the shutdown cut short
         details = format_error(exc)
         log(details)
         if self.is_open:
@@ -1090,8 +1092,12 @@ class Worker:
         self.stopping = True
         self.stop.set()
 
+    def check_idle(self):
+        if self.stopping and not self.exchanges and not self.running:
+            self.idle.set()
+
     async def drain(self):
-        if self.exchanges:
+        if self.exchanges or self.running:
             await asyncio.wait({self.loop.create_task(self.idle.wait())}, timeout=DRAIN_S)
         for exchange in list(self.exchanges.values()):
             exchange.fail("the program is shutting down")

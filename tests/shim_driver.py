@@ -1168,6 +1168,13 @@ def shutdown_lets_requests_finish():
         equal(agent.finish(long).failure, "the program is shutting down")
         equal(agent.exit_code(3), 0)
         has(agent.output(), "lifespan shutdown")
+    with Agent("echo") as agent:                # work after the response counts as well
+        agent.json("/background/0.3")
+        agent.json("/background/60")
+        agent.frame(0, SHUTDOWN)
+        equal(agent.exit_code(4), 0)
+        equal(agent.output(), "lifespan startup\nbackground done\nlifespan shutdown\n")
+        equal(agent.errors(), "")
     with Agent("echo") as agent:
         number = agent.open("/sleep/0.2")
         agent.frame(0, SHUTDOWN)
