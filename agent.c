@@ -3873,6 +3873,11 @@ static bool field_name_ok(struct span s)                /* token, RFC 9110 secti
     return s.n > 0;
 }
 
+static bool is_blank(char c)
+{
+    return c == ' ' || c == '\t';
+}
+
 static bool field_value_ok(struct span s)               /* RFC 9110 section 5.5 */
 {
     for (size_t i = 0; i < s.n; i++) {
@@ -6642,7 +6647,7 @@ static int http_on_value_complete(llhttp_t *parser)
     if (h->head_done)
         return 0;
     size_t at = h->name.at + h->name.n + 1;
-    while (r->text.len > at && strchr(" \t", buf_at(&r->text)[r->text.len - 1]))
+    while (r->text.len > at && is_blank(buf_at(&r->text)[r->text.len - 1]))
         r->text.len--;                      /* white space around a value is none of it */
     struct span name = request_part(r, h->name);
     struct span value = { buf_at(&r->text) + at, r->text.len - at };
