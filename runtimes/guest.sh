@@ -10,7 +10,7 @@ GUEST_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 GUEST_CACHE=${GUEST_CACHE:-$GUEST_ROOT/out/guest}
 AGENT=${AGENT:-$GUEST_ROOT/out/agent}
 
-GUEST_PACKAGES='qemu-system-x86 mmdebstrap debian-archive-keyring e2fsprogs busybox-static cpio'
+GUEST_PACKAGES='qemu-system-x86 mmdebstrap debian-archive-keyring e2fsprogs mount busybox-static cpio'
 
 # The vsock device: Debian's package, unpacked and not installed; it needs only glibc 2.34.
 # When the mirror has moved on, the same program is the Rust crate vhost-device-vsock 0.3.0.
@@ -150,9 +150,9 @@ guest_fetch_vsock() {
     say 'fetching vhost-device-vsock'
     mirror=$(guest_mirror)
     mkdir -p "$to"
-    /usr/lib/apt/apt-helper -q download-file "$mirror/$VSOCK_DEB" "$to/deb" \
+    /usr/lib/apt/apt-helper -q -o APT::Sandbox::User=root download-file "$mirror/$VSOCK_DEB" "$to/deb" \
         "SHA256:$VSOCK_SHA256" >&2 ||
-        die "no vhost-device-vsock with the pinned hash at the mirror: no guest can be booted"
+        die 'the mirror has no vhost-device-vsock of the pinned hash: no guest can be booted'
     dpkg-deb -x "$to/deb" "$to"
     rm "$to/deb"
 }
@@ -334,24 +334,28 @@ processor_seconds() {
     echo $(((fields[11] + fields[12]) / $(getconf CLK_TCK)))
 }
 
-# What accelerates QEMU here. /dev/kvm may be there and not work: only a kernel that came up
-# counts. The answer holds until this machine boots again. Sets GUEST_ACCEL.
+# What accelerates QEMU here, remembered until this machine boots again. Sets GUEST_ACCEL.
 guest_accel() {
-    local known GUEST
+    local known
     known=$GUEST_CACHE/accel-$(cat /proc/sys/kernel/random/boot_id)
     if [ ! -e "$known" ]; then
-        GUEST_ACCEL=tcg
-        if [ -w /dev/kvm ]; then
-            GUEST=$(mktemp -d /tmp/guest.XXXXXX)
-            guest_qemu kvm -append "$GUEST_ARGS guest.modules=root"
-            ! guest_await 'modules loaded' || GUEST_ACCEL=kvm
-            unspawn "$GUEST_QEMU_PID"
-            rm -r "$GUEST"
-        fi
         rm -f "$GUEST_CACHE"/accel-*
-        echo "$GUEST_ACCEL" >"$known"
+        # QEMU aborts where KVM lacks something, and bash would tell.
+        if kvm_boots 2>/dev/null; then echo kvm; else echo tcg; fi >"$known"
     fi
     GUEST_ACCEL=$(cat "$known")
+}
+
+# /dev/kvm may be there and not work: only a kernel that has come up counts.
+kvm_boots() {
+    local status=0 GUEST
+    [ -w /dev/kvm ] || return
+    GUEST=$(mktemp -d /tmp/guest.XXXXXX)
+    guest_qemu kvm -append "$GUEST_ARGS guest.modules=root"
+    guest_await 'modules loaded' || status=1
+    unspawn "$GUEST_QEMU_PID"
+    rm -r "$GUEST"
+    return $status
 }
 
 # Boots GUEST_IMAGE in the folder GUEST: guest_boot [KERNEL ARGUMENT…] [-- QEMU ARGUMENT…].
@@ -395,24 +399,23 @@ guest_stop() {
 
 # ---- ./build.sh run ----------------------------------------------------------------------
 
-# Serves a program from a guest until ctrl-C: guest_run DIR ENTRYPOINT [OPTION OF configure…].
+# Serves a program from a guest until ctrl-C: guest_run DIR ENTRYPOINT [OPTION of configure…].
 guest_run() {
     [ $# -ge 2 ] && [ -d "$1" ] || die 'usage: ./build.sh run DIR ENTRYPOINT'
     local port=${GUEST_PORT:-8080} ready
     ! is_listening "$port" || die "port $port of 127.0.0.1 is taken: GUEST_PORT=N takes another"
-    guest_image debian-12-run
+    guest_image "${GUEST_RECIPE:-debian-12-run}"
     GUEST=$(mktemp -d /tmp/guest.XXXXXX)
     trap guest_run_end EXIT
     trap 'exit 0' INT TERM
     spawn "$GUEST/ready" "$AGENT" call "$GUEST/v.sock" ready
     ready=$SPAWNED
+    say 'booting'
     guest_boot || die 'the guest does not boot'
-    say "booting, by $GUEST_ACCEL"
-    setpriv --pdeathsig KILL setsid tail -q -n +1 -f "$GUEST/console" &
+    guest_show
     wait_for 120 is_any_gone "$ready" "$GUEST_QEMU_PID" || true
     is_gone "$ready" && wait "$ready" || die 'the guest did not become ready'
-    cat "$GUEST/ready"
-    say "configuring: $1 $2"
+    say "$(cat "$GUEST/ready"), by $GUEST_ACCEL; configuring $1 $2"
     "$AGENT" call "$GUEST/v.sock" configure "$@"
     spawn "$GUEST/forward.log" "$AGENT" forward "tcp:127.0.0.1:$port" "hybrid:$GUEST/v.sock:80"
     GUEST_FORWARD_PID=$SPAWNED
@@ -420,6 +423,13 @@ guest_run() {
     say "serving http://127.0.0.1:$port/ (ctrl-C ends)"
     wait "$GUEST_QEMU_PID" || true
     die 'the guest has ended'
+}
+
+# The console, line by line, until the guest ends.
+guest_show() {
+    setsid bash -c 'tail -q -n +1 -s 0.2 --pid="$2" -f "$1" | sed -u "s/\r$//"' - \
+        "$GUEST/console" "$GUEST_QEMU_PID" &
+    GUEST_SHOW_PID=$!
 }
 
 is_listening() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
@@ -435,7 +445,7 @@ guest_run_end() {
     fi
     unspawn ${GUEST_FORWARD_PID:-}
     guest_stop
-    sleep 0.1       # the last lines of the console
+    [ -z "${GUEST_SHOW_PID:-}" ] || wait "$GUEST_SHOW_PID" || true
     rm -rf "$GUEST"
     exit "$status"
 }

@@ -30,7 +30,6 @@ need coreutils curl python3 python3-msgpack util-linux >&2
 PYTHON=/usr/bin/python3             # Debian's: it has the msgpack package
 TESTS=$GUEST_ROOT/tests
 APPS=$TESTS/apps
-AGENT=$(realpath "$AGENT")
 TEST_NAME=$(basename "$0" .sh)
 TEST_IMAGE=${TEST_IMAGE:-debian-12-test}
 T=$(mktemp -d /tmp/t.XXXXXX)        # short: socket addresses have 107 bytes
@@ -41,6 +40,12 @@ GUEST_QEMU_PID='' GUEST_VSOCK_PID='' NS_PID='' HTTP_PID='' READY_PID=''
 trap lib_end EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
+
+[ -x "$AGENT" ] || die "$AGENT is not there: ./build.sh makes it"
+if [[ $AGENT == *debug/* ]]; then SANITIZED=yes; else SANITIZED=''; fi
+# A copy, so that a build meanwhile does not disturb.
+cp "$AGENT" "$T/agent"
+AGENT=$T/agent
 
 # ---- Checks -------------------------------------------------------------------------------
 
@@ -339,7 +344,7 @@ good_in_time() {
 
 memory_is_back() { [ "$(pid1_kib VmRSS)" -le $((BASELINE_KIB + 256)) ]; }
 
-is_sanitized() { [[ $AGENT == */debug/* ]]; }
+is_sanitized() { [ -n "$SANITIZED" ]; }
 
 # ---- The end --------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 . "$(dirname "$0")/lib.sh"
 
 LIMIT_S=15                          # a start when everything has been made before
-export GUEST_PORT=18080
+export GUEST_PORT=18080 GUEST_RECIPE=$TEST_IMAGE
 PAGE=http://127.0.0.1:$GUEST_PORT/
 
 # Starts it in a process group of its own, as a terminal does, so that ctrl-C reaches all.
@@ -27,7 +27,7 @@ await_end() {
 has_said() { grep -qE -e "$1" "$T/served"; }
 
 cd "$GUEST_ROOT"
-(guest_image debian-12-run) >&2
+(guest_image "$TEST_IMAGE") >&2
 
 start=$(ms)
 serve examples/hello-python main:app
