@@ -35,7 +35,7 @@ TEST_IMAGE=${TEST_IMAGE:-debian-12-test}
 T=$(mktemp -d /tmp/t.XXXXXX)        # short: socket addresses have 107 bytes
 CHECKS=0 FAILED=0 STARTS=0
 SOCK='' HTTP='' CONSOLE='' PID1='' BASELINE_KIB=''
-GUEST_QEMU_PID='' GUEST_VSOCK_PID='' NS_PID='' HTTP_PID='' READY_PID=''
+GUEST_QEMU_PID='' GUEST_VSOCK_PID='' NS_PID='' NS_PREPARE='' HTTP_PID='' READY_PID=''
 
 trap lib_end EXIT
 trap 'exit 143' TERM
@@ -113,6 +113,21 @@ refused() {
     else
         check_match "$name" "$regex" "$(cat "$T/check.out")"
     fi
+}
+
+# checks_from COMMAND…: a program that makes checks of its own and prints one line for each, as
+# this script does.
+checks_from() {
+    local line status=0
+    "$@" >"$T/checks" 2>"$T/checks.err" || status=$?
+    while IFS= read -r line; do
+        case $line in
+        'ok '*) pass "${line#ok }" ;;
+        'FAIL '*) line=${line#FAIL } fail "${line%%: *}" "${line#*: }" ;;
+        *) fail "$TEST_NAME: prints checks only" "$line" ;;
+        esac
+    done <"$T/checks"
+    [ "$status" = 0 ] || fail "$TEST_NAME: ${*: -1}" "status $status"$'\n'"$(tail -n 5 "$T/checks.err")"
 }
 
 # not COMMAND…: succeeds when the command fails.
@@ -195,7 +210,8 @@ stop() {
 
 # ns_start [OPTION of init…]: the agent as pid 1 of new namespaces, up to its ready message.
 # Its root is this machine's, under an overlay: what it writes goes with it. It is told where
-# to listen and where to say ready, so it never opens AF_VSOCK.
+# to listen and where to say ready, so it never opens AF_VSOCK. NS_PREPARE is run in that root
+# before.
 ns_start() {
     [ "$(id -u)" = 0 ] || die 'namespaces need root'
     new_folder
@@ -204,7 +220,7 @@ ns_start() {
     SOCK=unix:$GUEST/aleph.sock HTTP=$GUEST/http.sock
     hear_ready "unix:$GUEST/ready.sock"
     spawn "$CONSOLE" unshare --pid --mount --net --uts --ipc --fork --kill-child=KILL \
-        bash -c "$(declare -f ns_enter ns_cgroup); ns_enter \"\$@\"" - "$GUEST" "$@"
+        bash -c "$(declare -f ns_enter ns_cgroup); NS_PREPARE=${NS_PREPARE@Q}; ns_enter \"\$@\"" - "$GUEST" "$@"
     NS_PID=$SPAWNED
     await_ready 20
     PID1=$(cat "/proc/$NS_PID/task/$NS_PID/children")
@@ -234,6 +250,7 @@ ns_enter() {
     done
     mkdir -p "$root/dev/pts" "$root/dev/shm"
     cd "$root"
+    [ -z "${NS_PREPARE-}" ] || eval "$NS_PREPARE"
     pivot_root . mnt
     umount -l /mnt
     exec unshare --cgroup "$folder/agent" init --listen "unix:$folder/aleph.sock" \
