@@ -600,6 +600,11 @@ static void loop_never(struct loop *l, struct watch *w)
         heap_put(l, at, last);
         heap_sift(l, at);
     }
+    if (l->heap_cap > 1024 && l->heap_len < l->heap_cap / 4) {      /* a flood has passed */
+        struct watch **heap = realloc(l->heap, l->heap_cap / 2 * sizeof(struct watch *));
+        l->heap = heap ? heap : l->heap;
+        l->heap_cap /= heap ? 2 : 1;
+    }
 }
 
 /* Calls w->on_deadline once, `ms` from now, instead of any earlier wish. -1: no memory. */
@@ -2816,6 +2821,26 @@ static int zip_write_entry(struct zip *z, const struct zip_entry *e, struct zip_
                                : zip_write_file(z, e, at->dir, name, why);
 }
 
+/* Python's byte code of a source goes with it: it counts as long as the source's time and size
+ * are the same, which the next archive's may well be. */
+static void zip_erase_bytecode(int dir, const char *source)
+{
+    size_t n = strlen(source);
+    bool is_source = n > 3 && strcmp(source + n - 3, ".py") == 0;
+    int fd = is_source ? openat(dir, "__pycache__", O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC) : -1;
+    DIR *d = fd < 0 ? NULL : fdopendir(fd);
+
+    if (!d) {
+        fd_close(&fd);
+        return;
+    }
+    for (struct dirent *e; (e = readdir(d));)
+        if (strncmp(e->d_name, source, n - 2) == 0)     /* "main.": main.cpython-311.opt-2.pyc */
+            unlinkat(fd, e->d_name, 0);
+    closedir(d);
+    unlinkat(dir, "__pycache__", AT_REMOVEDIR);
+}
+
 /* Unlinks the first n entries, last first, and every folder of theirs that is empty then. */
 static void zip_erase(const struct zip *z, size_t n, int root)
 {
@@ -2825,6 +2850,8 @@ static void zip_erase(const struct zip *z, size_t n, int root)
     while (n-- > 0) {
         const struct zip_entry *e = &z->entries[n];
         int flags = e->kind == ZIP_FOLDER ? AT_REMOVEDIR : 0;
+        if (e->kind == ZIP_FILE && zip_enter(&at, zip_parent(e->name), false) == 0)
+            zip_erase_bytecode(at.dir, zip_base(name, e->name));
         for (struct span path = e->name; path.n > 0; path = zip_parent(path), flags = AT_REMOVEDIR)
             if (zip_enter(&at, zip_parent(path), false) == 0
                 && unlinkat(at.dir, zip_base(name, path), flags) < 0 && errno != ENOENT)
@@ -8327,10 +8354,8 @@ static void agent_boot_late(struct agent *a)
     for (size_t i = 0; i < COUNT(boot_mounts_late); i++)
         boot_mount(&boot_mounts_late[i]);
     boot_stage(b, "sys, run, pts, shm");
-    if (!agent_is_sandboxed(a)) {
-        a->children.has_cgroup = cgroup_mount() == 0 && access(PATH_CGROUP "/program/cgroup.procs", W_OK) == 0;
-        boot_stage(b, "cgroup");
-    }
+    a->children.has_cgroup = cgroup_mount() == 0 && access(PATH_CGROUP "/program/cgroup.procs", W_OK) == 0;
+    boot_stage(b, "cgroup");
     net_loopback();
     boot_stage(b, "loopback");
     program_prewarm(&a->program);
