@@ -3,7 +3,7 @@
 #
 # The release is one static binary whose bytes depend only on the sources and on the
 # compiler, not on the folder or the day. Libraries are built once per variant (release,
-# debug, fuzz) and again when this file, vendor/ or the compiler changes.
+# debug, fuzz) and again when vendor/, their flags or the compiler change.
 #
 # Sourcing this file only defines the functions: runtimes/ and tests/ use say, die, need
 # and fetch_debian.
@@ -29,7 +29,7 @@ need() {
     ((${#missing[@]})) || return 0
     ((EUID == 0)) || die "needs packages: ${missing[*]} (as root it installs them)"
     say "installing ${missing[*]}"
-    apt_install "${missing[@]}" || { apt-get update -q && apt_install "${missing[@]}"; } ||
+    apt_install "${missing[@]}" 2>/dev/null || { apt-get update -q && apt_install "${missing[@]}"; } ||
         die "cannot install ${missing[*]}"
 }
 
@@ -181,7 +181,8 @@ libraries() {
     fetch_all
     variant "$1"
     local stamp
-    stamp=$(cat build.sh vendor/lock vendor/*.[ch] <("$CC" --version) | sha256sum)
+    stamp=$({ cat vendor/lock vendor/*.[ch]; declare -p CFLAGS INCLUDES SECTIONS
+              declare -f libraries objects musl; "$CC" --version; } | sha256sum)
     [[ $(cat "$OUT/stamp" 2>/dev/null) != "$stamp" ]] || return 0
     rm -rf "$OUT"
     mkdir -p "$OUT/obj"
