@@ -1,8 +1,8 @@
 /* agent.c - one static binary that is PID 1 of a microVM.
  *
  * Its life as init:
- *   boot    mount what a program needs, put a writable overlay over a read-only root
  *   listen  vsock 52 (the supervisor's wire) and 80 (plain HTTP), then tell the host: ready
+ *   boot    put a writable overlay over a read-only root, mount what a program needs
  *   wait    meanwhile a Python interpreter warms up
  *   setup   the host sends a configuration: unpack the code, start the program
  *   serve   carry requests and events to the program, restart it when it dies
@@ -497,12 +497,13 @@ static int file_load(const char *path, struct buf *out, size_t most)
     if (fd < 0)
         return -1;
     for (;;) {
-        char *to = buf_room(out, 4096);
+        size_t part = out->len < 512 ? 512 : out->len;  /* a fresh page costs a boot a millisecond */
+        char *to = buf_room(out, part);
         if (!to) {
             errno = ENOMEM;
             break;
         }
-        ssize_t n = SYS_READ(fd, to, 4096);
+        ssize_t n = SYS_READ(fd, to, part);
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0) {
@@ -1814,10 +1815,6 @@ static int boot_overlay(struct boot *b)
 
     if (statvfs("/", &fs) < 0 || !(fs.f_flag & ST_RDONLY))
         return 0;
-    if (!kernel_has("overlay")) {
-        boot_modules(overlay);
-        boot_stage(b, "modules");
-    }
     while (seats[i] && (stat(seats[i], &st) < 0 || !S_ISDIR(st.st_mode)))
         i++;
     if (!seats[i]) {
@@ -1834,7 +1831,13 @@ static int boot_overlay(struct boot *b)
     }
     snprintf(root, sizeof root, "%s/root", seats[i]);
     snprintf(data, sizeof data, "lowerdir=/,upperdir=%s/upper,workdir=%s/work", seats[i], seats[i]);
-    if (mount("overlay", root, "overlay", MS_NOATIME, data) < 0) {
+    int rc = mount("overlay", root, "overlay", MS_NOATIME, data);
+    if (rc < 0 && errno == ENODEV) {
+        boot_modules(overlay);
+        boot_stage(b, "modules");
+        rc = mount("overlay", root, "overlay", MS_NOATIME, data);
+    }
+    if (rc < 0) {
         log_errno("overlay: mount on %s", root);
         umount2(seats[i], MNT_DETACH);
         return -1;
@@ -6942,12 +6945,13 @@ static void http_on_input(struct conn *c)
 {
     struct http *h = CONTAINER(c, struct http, conn);
 
-    while (c->state == CONN_OPEN && h->state == HTTP_IN_HEAD && c->in.len > 0)
+    while (c->state == CONN_OPEN && h->state == HTTP_IN_HEAD && c->in.len > 0
+           && c->out.len < CONN_OUT_HIGH)       /* the answers before are to be read first */
         http_read_head(h);
     if (c->state == CONN_OPEN && h->state == HTTP_IN_BODY)
         http_read_body(h);
-    if (c->state == CONN_OPEN && h->state == HTTP_IN_HEAD && c->eof)
-        conn_close(c);
+    if (c->state == CONN_OPEN && h->state == HTTP_IN_HEAD && c->eof && c->out.len < CONN_OUT_HIGH)
+        conn_finish(c);             /* it sends no more, but may still read its answer */
 }
 
 static void http_on_sent(struct conn *c)
@@ -6959,8 +6963,12 @@ static void http_on_sent(struct conn *c)
         h->owed = 0;
         exchange_consumed(&h->ex, n);
     }
-    if (h->state != HTTP_IN_HEAD)
+    if (h->state != HTTP_IN_HEAD) {
         http_await(h);
+    } else {
+        conn_after(c, c->out.len > 0 ? limits.send_ms : h->head_bytes > 0 ? limits.head_ms : limits.idle_ms);
+        conn_soon(c);               /* the next request may have waited for room in `out` */
+    }
 }
 
 static void http_on_deadline(struct conn *c)
@@ -8065,6 +8073,8 @@ static int forward_main(int argc, char **argv)
 }
 
 /* ==== init: PID 1 ================================================================ */
+#define READY_PATIENCE_MS   100     /* then the rest of boot goes first */
+
 struct options {
     const char *listen, *http, *ready;      /* addresses; ready: a sandbox, no vsock, no reboot */
 };
@@ -8317,7 +8327,7 @@ static void agent_read_command_line(void)
     buf_fini(&line);
 }
 
-/* All that ready needs. */
+/* All that listening and saying ready need. */
 static void agent_boot_early(struct agent *a)
 {
     static const char *const vsock[] = { "virtio_pci", "virtio_mmio", "vmw_vsock_virtio_transport", NULL };
@@ -8331,8 +8341,7 @@ static void agent_boot_early(struct agent *a)
         boot_console();
         boot_stage(b, "proc, dev, console");
         agent_read_command_line();
-        boot_overlay(b);
-        boot_stage(b, "overlay");
+        boot_stage(b, "command line");
         if (!boot_has_vsock()) {
             boot_modules(vsock);
             boot_stage(b, "modules");
@@ -8480,7 +8489,12 @@ static int init_main(int argc, char **argv, bool is_machine)
     agent_listen(&a);
     boot_stage(&a.boot, "listen");
     ready_try(&a.ready_timer);
-    loop_after(&a.loop, &a.late_timer, limits.ready_retry_ms);
+    /* While the host answers our connect(); nobody is served before the loop runs. */
+    if (!agent_is_sandboxed(&a)) {
+        boot_overlay(&a.boot);
+        boot_stage(&a.boot, "overlay");
+    }
+    loop_after(&a.loop, &a.late_timer, READY_PATIENCE_MS);
     loop_run(&a.loop);
     halt_now(&a);
     return EXIT_OK;
