@@ -103,7 +103,8 @@ enum log_level { LOG_ERROR, LOG_INFO, LOG_DEBUG };
 struct log {
     enum log_level level;
     int      fd;                    /* the console, non-blocking; -1 = none */
-    char    *ring;                  /* limits.log_ring_bytes, or NULL: no memory for it */
+    char    *ring;                  /* NULL: no line yet, or no memory for it */
+    size_t   ring_bytes;            /* the limit when the first line came: it may be set later */
     uint64_t ring_head;             /* bytes ever written to the ring */
     char     pending[8192];         /* taken but not yet by the console */
     size_t   pending_len;
@@ -150,12 +151,13 @@ static void log_flush(void)
 static void log_ring_add(const char *p, size_t n)
 {
     struct log *l = &agent_log;
-    size_t cap = (size_t)limits.log_ring_bytes;
 
-    if (!l->ring && !(l->ring = malloc(cap)))
-        return;
-    for (size_t i = 0; i < n; i++)
-        l->ring[l->ring_head++ % cap] = p[i];
+    if (!l->ring) {
+        l->ring_bytes = (size_t)limits.log_ring_bytes;
+        l->ring = malloc(l->ring_bytes);
+    }
+    for (size_t i = 0; l->ring && i < n; i++)
+        l->ring[l->ring_head++ % l->ring_bytes] = p[i];
 }
 
 /* One line, without its newline; control bytes become '?', as a terminal may be reading. */
