@@ -3496,7 +3496,8 @@ struct conn {
     enum conn_state     state;
     struct buf          in, out;    /* not yet parsed, not yet sent */
     size_t              in_max;     /* reading stops while `in` holds this much */
-    bool                eof;        /* the peer has sent its last byte */
+    bool                eof;        /* the peer has sent its last byte, and we have read it */
+    bool                half;       /* the peer sends no more: epoll has said so once */
     bool                gone;       /* the peer reads no more either */
     bool                paused;     /* the protocol takes no input now */
     bool                linger;     /* the peer may be sending what nobody will parse */
@@ -3530,7 +3531,7 @@ static uint32_t conn_interest(const struct conn *c)
     case CONN_CONNECTING:
         return EPOLLOUT;
     case CONN_OPEN:
-        return EPOLLHUP | out
+        return EPOLLHUP | out | (c->half ? 0 : (uint32_t)EPOLLRDHUP)
              | (c->eof || c->paused || c->in.len >= c->in_max ? 0 : (uint32_t)EPOLLIN);
     case CONN_DRAINING:
         return EPOLLHUP | out;
@@ -3563,8 +3564,18 @@ static void conn_flush(struct conn *c)
         }
         buf_drop(&c->out, (size_t)n);
     }
+    if (c->out.len < before && c->state == CONN_DRAINING)
+        loop_after(c->all->loop, &c->watch, limits.send_ms);
     if (c->out.len < before && c->state == CONN_OPEN && c->proto->on_sent)
         c->proto->on_sent(c);
+}
+
+/* The peer sends no more. Whether it still reads, a vsock tells in no event: there EPOLLHUP
+ * means that both ends have shut down. An empty send fails if it does not (EPIPE). */
+static void conn_half_closed(struct conn *c)
+{
+    c->half = true;
+    c->gone |= send(c->watch.fd, "", 0, MSG_NOSIGNAL) < 0;
 }
 
 /* One read of at most CONN_READ_BYTES. */
@@ -3652,6 +3663,8 @@ static void conn_on_event(struct watch *w, uint32_t events)
         conn_connected(c);
     if (events & (EPOLLHUP | EPOLLERR))
         c->gone = true;
+    if (events & EPOLLRDHUP && c->state == CONN_OPEN)
+        conn_half_closed(c);
     bool wants = c->state == CONN_LINGERING
               || (c->state == CONN_OPEN && !c->eof && !c->paused && c->in.len < c->in_max);
     if (wants && events & (EPOLLIN | EPOLLHUP | EPOLLERR))
@@ -3719,8 +3732,8 @@ struct listener {
 static bool listener_trusts(const struct listener *l, const struct sockaddr_storage *peer)
 {
     const struct sockaddr_vm *vm = (const void *)peer;
-    return l->address.kind != ADDRESS_VSOCK
-        || (peer->ss_family == AF_VSOCK && vm->svm_cid == VMADDR_CID_HOST);
+    return l->address.kind != ADDRESS_VSOCK && peer->ss_family != AF_VSOCK
+        ? true : peer->ss_family == AF_VSOCK && vm->svm_cid == VMADDR_CID_HOST;
 }
 
 static void listener_on_event(struct watch *w, uint32_t events)
