@@ -3725,6 +3725,7 @@ struct listener {
     struct conns  *all;
     struct address address;
     void         (*on_accept)(struct listener *, int fd);   /* owns fd */
+    size_t         extra;           /* places past limits.conns that are only this one's */
     const char    *full;            /* sent and closed when there are too many; may be NULL */
     void          *arg;
 };
@@ -3732,8 +3733,9 @@ struct listener {
 static bool listener_trusts(const struct listener *l, const struct sockaddr_storage *peer)
 {
     const struct sockaddr_vm *vm = (const void *)peer;
-    return l->address.kind != ADDRESS_VSOCK && peer->ss_family != AF_VSOCK
-        ? true : peer->ss_family == AF_VSOCK && vm->svm_cid == VMADDR_CID_HOST;
+    bool is_vsock = l->address.kind == ADDRESS_VSOCK || peer->ss_family == AF_VSOCK;
+
+    return !is_vsock || (peer->ss_family == AF_VSOCK && vm->svm_cid == VMADDR_CID_HOST);
 }
 
 static void listener_on_event(struct watch *w, uint32_t events)
@@ -3755,7 +3757,7 @@ static void listener_on_event(struct watch *w, uint32_t events)
         if (!listener_trusts(l, &peer)) {
             log_info("%s: a peer that is not the host was turned away", l->address.text);
             fd_close(&fd);
-        } else if (l->all->count >= (size_t)limits.conns) {
+        } else if (l->all->count >= (size_t)limits.conns + l->extra) {
             log_info("%s: more than %" PRId64 " connections, one was turned away",
                      l->address.text, limits.conns);
             if (l->full)
@@ -6345,6 +6347,7 @@ static int aleph_open(struct aleph_server *s)
     s->program->owner = s;
     s->program->on_started = setup_on_started;
     s->listener.all = s->conns;
+    s->listener.extra = 64;         /* clients of port 80 must not keep the host's halt out */
     s->listener.on_accept = aleph_on_accept;
     s->listener.arg = s;
     return listener_open(&s->listener);
