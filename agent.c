@@ -3113,6 +3113,17 @@ static void child_take_fds(const int *fds)
             dup2(high[i], i);
 }
 
+/* Closes every descriptor past the first three (close_range(2) is Linux 5.9). */
+static void child_close_fds(void)
+{
+    struct rlimit files;
+
+    if (syscall(SYS_close_range, 3, ~0U, 0) == 0 || getrlimit(RLIMIT_NOFILE, &files) < 0)
+        return;
+    for (int fd = 3; fd < (int)files.rlim_cur; fd++)
+        close(fd);
+}
+
 static _Noreturn void child_become(const struct spawn *s, bool has_cgroup)
 {
     setsid();
@@ -3120,8 +3131,10 @@ static _Noreturn void child_become(const struct spawn *s, bool has_cgroup)
         file_set(PATH_CGROUP "/program/cgroup.procs", "0");
     file_set("/proc/self/oom_score_adj", "0");
     child_take_fds(s->fds);
-    if (s->run) {                               /* the loop's descriptors stay behind */
+    if (s->run) {                               /* no exec closes what the loop has open */
+        child_close_fds();
         agent_log.fd = 2;
+        agent_log.pending_len = agent_log.dropped = agent_log.repeats = 0;
         _exit(s->run(s->arg));
     }
     child_signals_default();
