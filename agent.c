@@ -4455,8 +4455,9 @@ static void worker_on_head(struct worker *w, struct stream *s, struct span paylo
     struct span rest, name, value;
     unsigned n = 0;
 
-    if (s->head_seen || payload.n < 4) {
-        worker_break(w, "it sent %s", s->head_seen ? "two heads for one request" : "a head cut short");
+    if (s->head_seen || s->is_event || payload.n < 4) {
+        worker_break(w, "it sent %s", s->head_seen ? "two heads for one request"
+                     : s->is_event ? "a head for an event" : "a head cut short");
         return;
     }
     uint32_t both = frame_u32(payload.p);
@@ -4585,7 +4586,7 @@ static void worker_parse(struct worker *w)
 static void worker_hung_up(struct worker *w)
 {
     loop_want(w->loop, &w->channel, 0);
-    if (w->child.pid > 0 && w->state != WORKER_STOPPING)
+    if (w->child.pid > 0 && w->state != WORKER_STOPPING && !w->channel.heap_at)
         loop_after(w->loop, &w->channel, WORKER_REAP_MS);
 }
 
