@@ -4119,6 +4119,8 @@ EMBED(shim_worker, "shims/worker.py");
 #define WORKER_SHIM     PATH_STATE "/worker.py"
 #define WORKER_STREAMS  256         /* buckets; streams are numbered in turn */
 #define WORKER_REAP_MS  200         /* between the end of its channel and its own */
+#define WORKER_OUT_HIGH (1 << 20)   /* past this no more of any request body is taken */
+#define WORKER_OUT_MAX  (16 << 20)  /* past this no more requests are */
 
 struct stream {
     uint32_t         id;
@@ -4159,6 +4161,7 @@ struct worker {
     struct output              output;
     struct stream             *streams[WORKER_STREAMS];
     uint32_t                   next_id;
+    bool                       choked;      /* a body waits for `out` to get shorter */
     char                       name[80];    /* of the program, for the log */
     char                       broken[160]; /* why it was killed, for the error replies */
 };
@@ -4358,7 +4361,22 @@ static struct exchange *stream_close(struct stream **at)
 static size_t stream_room(struct exchange *ex)
 {
     const struct stream *s = ex->stream;
+
+    if (s->worker->out.len >= WORKER_OUT_HIGH) {
+        s->worker->choked = true;
+        return 0;
+    }
     return s->send_credit > 0 && !s->body_sent ? (size_t)s->send_credit : 0;
+}
+
+/* Lets the bodies go on that found `out` too long. */
+static void worker_unchoke(struct worker *w)
+{
+    w->choked = false;
+    for (size_t i = 0; i < WORKER_STREAMS; i++)
+        for (struct stream *s = w->streams[i]; s; s = s->next)
+            if (s->ex && !s->body_sent)
+                exchange_room_grew(s->ex);
 }
 
 static void stream_body(struct exchange *ex, struct span data, bool last)
@@ -4634,6 +4652,8 @@ static void worker_flush(struct worker *w)
         }
         buf_drop(&w->out, (size_t)n);
     }
+    if (w->choked && w->out.len < WORKER_OUT_HIGH)
+        worker_unchoke(w);
     if (w->state != WORKER_BROKEN && !w->channel.heap_at
         && loop_want(w->loop, &w->channel, worker_interest(w)) < 0)
         worker_break(w, "its channel cannot be watched");
@@ -5031,7 +5051,9 @@ static void program_fail_queue(struct program *p, struct span text, struct span 
 
 static void program_hand_over(struct program *p, struct exchange *ex)
 {
-    if (worker_request(p->worker, ex) == 0)
+    if (p->worker->out.len >= WORKER_OUT_MAX)
+        exchange_fail(ex, FAILURE_NOT_STARTED, SPAN("too many requests wait for the program to read them"), SPAN(""));
+    else if (worker_request(p->worker, ex) == 0)
         exchange_room_grew(ex);
     else
         exchange_fail(ex, FAILURE_NO_MEMORY, SPAN("no memory for the request"), SPAN(""));
@@ -5041,7 +5063,7 @@ static void program_hand_over(struct program *p, struct exchange *ex)
 static void program_request(struct program *p, struct exchange *ex)
 {
     exchange_start(ex, p->loop, &queue_backend);
-    if (p->state == PROGRAM_SERVING) {
+    if (p->state == PROGRAM_SERVING && p->worker->state == WORKER_READY) {
         program_hand_over(p, ex);
     } else if (p->state == PROGRAM_NONE || p->state == PROGRAM_STOPPED) {
         exchange_fail(ex, FAILURE_NOT_STARTED, p->state == PROGRAM_NONE
