@@ -5629,11 +5629,13 @@ static void setup_start(struct aleph *a)
 static bool aleph_conf_length(struct aleph *a)
 {
     struct conn *c = &a->conn;
-    const char *p = buf_text(&c->in), *end = memchr(p, '\n', c->in.len);
-    size_t digits = end ? (size_t)(end - p) : c->in.len;
+    const char *p = buf_at(&c->in), *end = memchr(p, '\n', c->in.len);
+    size_t digits = end ? (size_t)(end - p) : c->in.len, good = 0;
     int64_t length;
 
-    if (!end && digits <= CONF_PREFIX_MAX && strspn(p, "0123456789") == digits) {
+    while (good < digits && isdigit((unsigned char)p[good]))
+        good++;
+    if (!end && digits <= CONF_PREFIX_MAX && good == digits) {
         if (c->eof)
             aleph_refuse_conf(a, "the connection ended within the length");
         return false;
@@ -5807,7 +5809,7 @@ static void aleph_on_end(struct exchange *ex)
     struct aleph *a = CONTAINER(ex, struct aleph, ex);
     struct buf *out = &a->reply;
 
-    if (a->reply_body_at == 0) {
+    if (a->reply_body_at == 0 && !out->failed) {
         aleph_on_event_end(a);
         return;
     }
@@ -8277,8 +8279,10 @@ static void halt_on_stopped(struct program *p)
     a->sync.run = halt_sync;
     a->sync.arg = a;
     a->sync.on_done = halt_on_synced;
-    if (job_start(&a->sync, &a->loop, &a->children, "sync", limits.halt_ms) < 0)
+    if (job_start(&a->sync, &a->loop, &a->children, "sync", limits.halt_ms) < 0) {
+        halt_sync(a, NULL);         /* better late than lost; nothing else is left to serve */
         halt_answer(a);
+    }
 }
 
 static void halt_on_deadline(struct watch *t)
