@@ -6516,7 +6516,7 @@ static void http_on_head(struct exchange *ex, const struct response_head *head)
         h->keep_alive = false;      /* its end is the connection's */
     http_add_status_line(out, head->status);
     while (field_next(&rest, &name, &value)) {
-        if (field_is_hop_by_hop(name) || (head->status == 204 && span_eq_nocase(name, "content-length")))
+        if (field_is_hop_by_hop(name) || span_eq_nocase(name, "content-length"))
             continue;
         dated = dated || span_eq_nocase(name, "date");
         buf_add_span(out, name);
@@ -6526,6 +6526,8 @@ static void http_on_head(struct exchange *ex, const struct response_head *head)
     }
     if (!dated)
         http_add_date(out);
+    if (head->content_length >= 0 && head->status != 204)
+        buf_add_format(out, "content-length: %" PRId64 "\r\n", head->content_length);
     if (h->chunked)
         buf_add_text(out, "transfer-encoding: chunked\r\n");
     if (!h->keep_alive)
