@@ -3282,10 +3282,10 @@ static void output_take(struct output *o, const char *p, size_t n)
     }
 }
 
-/* Reads what is there, at most `rounds` times 16 KiB. */
+/* Reads what is there, at most `rounds` times 4 KiB: of empty lines that is 4096. */
 static void output_read(struct output *o, int rounds)
 {
-    char bytes[16384];
+    char bytes[4096];
 
     while (o->watch.fd >= 0 && rounds-- > 0) {
         ssize_t n = SYS_READ(o->watch.fd, bytes, sizeof bytes);
@@ -3303,7 +3303,7 @@ static void output_read(struct output *o, int rounds)
 static void output_on_event(struct watch *w, uint32_t events)
 {
     (void)events;
-    output_read(CONTAINER(w, struct output, watch), 4);
+    output_read(CONTAINER(w, struct output, watch), 1);
 }
 
 /* Makes the pipe; returns its writing end for the child, or -1. */
