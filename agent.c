@@ -3495,6 +3495,7 @@ struct proto {
     void (*on_deadline)(struct conn *);
     void (*on_close)(struct conn *);        /* gives up everything that hangs from it */
     void (*on_free)(struct conn *);         /* frees the struct that holds it */
+    bool reads_to_end;                      /* also from a peer that has gone, however long it takes */
 };
 
 struct conns {
@@ -3636,11 +3637,13 @@ static void conn_settle(struct conn *c)
         conn_drained(c);
     if (c->state == CONN_DEAD)
         return;
-    if (c->gone && (c->eof || c->paused || c->in.len >= c->in_max || c->state != CONN_OPEN)) {
+    bool full = c->in.len >= c->in_max && !c->eof && !c->paused && c->state == CONN_OPEN;
+    bool waits = c->gone && full && c->proto->reads_to_end;     /* until conn_soon, deaf to EPOLLHUP */
+    if (c->gone && !waits && (full || c->eof || c->paused || c->state != CONN_OPEN)) {
         conn_close(c);
         return;
     }
-    if (loop_want(c->all->loop, &c->watch, conn_interest(c)) < 0)
+    if (loop_want(c->all->loop, &c->watch, waits ? 0 : conn_interest(c)) < 0)
         conn_close(c);
 }
 
@@ -8064,6 +8067,7 @@ static void pump_on_free(struct conn *c)
 static const struct proto pump_proto = {
     .name = "forward", .on_input = pump_on_input, .on_sent = pump_on_sent,
     .on_deadline = pump_on_deadline, .on_close = pump_on_close, .on_free = pump_on_free,
+    .reads_to_end = true,
 };
 
 static void forward_on_accept(struct listener *l, int fd)
