@@ -3229,7 +3229,8 @@ static void cgroup_kill(const struct children *all)
         buf_text(&list);
         if (list.len > 0)
             for (pid = strtok_r(list.data + list.start, "\n", &rest); pid; pid = strtok_r(NULL, "\n", &rest))
-                kill((pid_t)strtol(pid, NULL, 10), SIGKILL);
+                if (strtol(pid, NULL, 10) > 1)      /* 0: of another namespace; kill(2) takes it for our group */
+                    kill((pid_t)strtol(pid, NULL, 10), SIGKILL);
     }
     buf_fini(&list);
 }
@@ -5124,11 +5125,11 @@ static void program_start_failed(struct program *p, struct span text, struct spa
     buf_fini(&trace);
 }
 
-static void program_launch(struct program *p)
+static void program_launch(struct program *p, int64_t ms)
 {
     struct buf why = { 0 };
 
-    loop_after(p->loop, &p->timer, limits.start_ms);
+    loop_after(p->loop, &p->timer, ms);
     if (!p->worker && program_spawn(p, p->conf.entrypoint, &why) < 0)
         program_start_failed(p, buf_span(&why), SPAN(""));
     else if (p->worker->state == WORKER_WARM)
@@ -5241,7 +5242,7 @@ static void program_on_deadline(struct watch *t)
     switch (p->state) {
     case PROGRAM_WAITING:
         p->state = PROGRAM_RESTARTING;
-        program_launch(p);
+        program_launch(p, limits.start_ms);
         break;
     case PROGRAM_STARTING:
     case PROGRAM_RESTARTING:
@@ -5266,8 +5267,9 @@ static void program_init(struct program *p, struct loop *loop, struct children *
     p->last = &p->first;
 }
 
-/* Takes the configuration, whose code is in place, and starts it; p->on_started follows. */
-static void program_start(struct program *p, struct conf *conf)
+/* Takes the configuration, whose code is in place, and starts it within `ms`; p->on_started
+ * follows. */
+static void program_start(struct program *p, struct conf *conf, int64_t ms)
 {
     assert(p->state == PROGRAM_NONE);
     p->conf = *conf;
@@ -5276,20 +5278,22 @@ static void program_start(struct program *p, struct conf *conf)
     p->oom_kills = cgroup_oom_kills(p->children);
     if (p->worker && (program_needs_cold(&p->conf) || p->worker->state > WORKER_WARM))
         program_drop_worker(p);
-    program_launch(p);
+    program_launch(p, ms);
 }
 
 /* For halt: lifespan shutdown and SIGTERM, SIGKILL to all after the grace, then on_stopped. */
 static void program_stop(struct program *p)
 {
     struct worker *w = p->worker;
-    bool serving = p->state == PROGRAM_SERVING;
+    bool serving = p->state == PROGRAM_SERVING, starting = p->state == PROGRAM_STARTING;
 
     p->state = PROGRAM_STOPPED;
     program_fail_queue(p, SPAN("the machine is halting"), SPAN(""));
     loop_never(p->loop, &p->timer);
     if (w && !serving)
         program_drop_worker(p);     /* it has nothing to finish */
+    if (starting)
+        p->on_started(p, false, SPAN("the machine is halting"), SPAN(""));
     if (!p->worker) {
         p->on_stopped(p);
         return;
@@ -5390,6 +5394,7 @@ struct aleph_server {
     struct aleph     *configurer;       /* who gets the answer; NULL: it has hung up */
     struct conf       conf;             /* being applied */
     struct job        setup;
+    int64_t           setup_ms;         /* when it began */
     enum { SETUP_NONE, SETUP_UNPACKING, SETUP_STARTING, SETUP_UNDOING, SETUP_DONE } setup_state;
     char              old_hostname[HOSTNAME_MAX + 2];
     struct buf        undo_text, undo_trace;    /* the answer, while the undoing runs */
@@ -5574,6 +5579,10 @@ static void setup_on_started(struct program *p, bool ok, struct span text, struc
 {
     struct aleph_server *s = p->owner;
 
+    if (!ok && p->state == PROGRAM_STOPPED) {       /* nothing of it outlives the machine */
+        setup_finish(s, false, text, traceback);
+        return;
+    }
     if (!ok) {
         setup_undo(s, text, traceback);
         return;
@@ -5596,8 +5605,9 @@ static void setup_on_unpacked(struct job *j, bool ok, struct span report)
     } else if (conf_copy_program(&program, &s->conf) < 0) {
         setup_undo(s, SPAN("no memory for the configuration"), SPAN(""));
     } else {
+        int64_t left = s->setup_ms + limits.start_ms - now_ms();
         s->setup_state = SETUP_STARTING;
-        program_start(s->program, &program);
+        program_start(s->program, &program, left > 0 ? left : 0);
     }
 }
 
@@ -5607,6 +5617,7 @@ static void setup_start(struct aleph *a)
     struct buf why = { 0 };
 
     s->configurer = a;
+    s->setup_ms = now_ms();
     a->state = ALEPH_WAITING;
     a->conn.paused = true;
     conn_never(&a->conn);
