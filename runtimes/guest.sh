@@ -26,7 +26,7 @@ MODULES_EXTRA='vsock_loopback virtio_mmio'
 
 GUEST_MEMORY=${GUEST_MEMORY:-1024M}
 GUEST_CPUS=${GUEST_CPUS:-1}
-GUEST_ARGS='console=ttyS0 reboot=k panic=1 swiotlb=noforce random.trust_cpu=on loglevel=4 ro'
+GUEST_ARGS='console=ttyS0 reboot=k panic=1 swiotlb=noforce random.trust_cpu=on loglevel=4 cryptomgr.notests ro'
 GUEST_SILENT_S=10           # a boot that printed nothing after so much time of a processor, or
 GUEST_STUCK_S=60            # of the clock, is started again: a busy machine is slow, not stuck
 GUEST_TRIES=3
@@ -92,56 +92,42 @@ guest_fetch_kernel() {
     rm -r "$to/tree" "$state" "$deb"
 }
 
-# Keeps the modules that guests need, as lib/modules/VERSION with its modules.dep, and the
-# order to load them in as the lists order.disk and order.rest.
+# Keeps the modules that guests need, as lib/modules/VERSION with its modules.dep.
 guest_pick_modules() {
     local to=$1 version=$2 from=$1/tree/lib/modules/$2 kept=$1/lib/modules/$2 path
     busybox depmod -b "$to/tree" "$version"
     mkdir -p "$kept"
-    guest_module_order "$from/modules.dep" $MODULES_DISK >"$to/order.disk"
-    guest_module_order "$from/modules.dep" $MODULES_DISK $MODULES_REST |
-        grep -vxFf "$to/order.disk" >"$to/order.rest"
-    guest_module_order "$from/modules.dep" $MODULES_DISK $MODULES_REST $MODULES_EXTRA |
+    guest_module_closure "$from/modules.dep" $MODULES_DISK $MODULES_REST $MODULES_EXTRA |
         while read -r path; do
             install -D -m 644 "$from/$path" "$kept/$path"
         done
     busybox depmod -b "$to" "$version"
 }
 
-# Paths of the named modules and of all that they need, needed first.
-guest_module_order() {
+# Paths of the named modules and of all that they need.
+guest_module_closure() {
     local dep=$1
     shift
     awk -v wanted="$*" '
-        function add(path,    n, i, parts) {
-            if (path in done)
-                return
-            done[path] = 1
-            n = split(needs[path], parts, " ")
-            for (i = n; i > 0; i--)
-                add(parts[i])
-            print path
-        }
+        BEGIN { for (n = split(wanted, names, " "); n > 0; n--) lacking[names[n]] = 1 }
         {
-            path = $1
-            sub(/:$/, "", path)
-            name = path
-            sub(/.*\//, "", name)
-            sub(/\.ko$/, "", name)
+            name = $1
+            gsub(/.*\/|\.ko:$/, "", name)
             gsub(/-/, "_", name)
-            paths[name] = path
-            $1 = ""
-            needs[path] = $0
+            if (!(name in lacking))
+                next
+            delete lacking[name]
+            sub(/:/, "")
+            for (i = 1; i <= NF; i++)
+                paths[$i] = 1
         }
         END {
-            n = split(wanted, names, " ")
-            for (i = 1; i <= n; i++) {
-                if (!(names[i] in paths)) {
-                    print "no module " names[i] >"/dev/stderr"
-                    exit 1
-                }
-                add(paths[names[i]])
+            for (name in lacking) {
+                print "the kernel has no module " name >"/dev/stderr"
+                exit 1
             }
+            for (path in paths)
+                print path
         }' "$dep"
 }
 
@@ -162,19 +148,19 @@ guest_fetch_vsock() {
 # What runs before /sbin/init: loads modules, mounts the root read-only, leaves. It keeps
 # /dev, as a kernel that mounts the root itself does, and no other mount.
 guest_initramfs_init() {
-    cat <<'INIT'
+    cat <<INIT
 #!/bin/busybox sh
 bb=/bin/busybox
+disk='$MODULES_DISK'
+rest='$MODULES_REST'
+INIT
+    cat <<'INIT'
 $bb mount -t proc proc /proc
 $bb mount -t devtmpfs dev /dev
-orders=/order.disk
 case " $($bb cat /proc/cmdline) " in
-*" guest.modules=root "*) ;;
-*) orders="$orders /order.rest" ;;
+*" guest.modules=root "*) $bb modprobe -a $disk ;;
+*) $bb modprobe -a $disk $rest ;;
 esac
-for path in $($bb cat $orders); do
-    $bb insmod /modules/${path##*/} || echo "guest: cannot load $path"
-done
 echo "guest: modules loaded"
 until [ -b /dev/vda ]; do $bb usleep 5000; done
 $bb mount -o ro /dev/vda /root || exit 1
@@ -187,10 +173,9 @@ INIT
 guest_make_initramfs() {
     local to=$1 kernel=$2 tree=$1.tree
     rm -rf "$tree"
-    mkdir -p "$tree"/{bin,dev,proc,root,modules}
+    mkdir -p "$tree"/{bin,dev,proc,root}
     cp "$(command -v busybox)" "$tree/bin/busybox"
-    cp "$kernel"/order.* "$tree"
-    find "$kernel/lib/modules" -name '*.ko' -exec cp {} "$tree/modules" \;
+    cp -r "$kernel/lib" "$tree"
     guest_initramfs_init >"$tree/init"
     chmod 755 "$tree/init"
     (cd "$tree" && find . | cpio -o -H newc --quiet -R 0:0) >"$to"
@@ -235,7 +220,7 @@ guest_hash() { cat "$@" | sha256sum | cut -c 1-12; }
 guest_need() {
     need $GUEST_PACKAGES
     GUEST_KERNEL=$GUEST_CACHE/kernel-$(declare -f guest_fetch_kernel guest_pick_modules \
-        guest_module_order | guest_hash - <(echo "$MODULES_DISK,$MODULES_REST,$MODULES_EXTRA"))
+        guest_module_closure | guest_hash - <(echo "$MODULES_DISK,$MODULES_REST,$MODULES_EXTRA"))
     guest_once "$GUEST_KERNEL" guest_fetch_kernel
     GUEST_INITRAMFS=$GUEST_KERNEL-$(guest_hash <(guest_initramfs_init) "$(command -v busybox)").cpio
     guest_once "$GUEST_INITRAMFS" guest_make_initramfs "$GUEST_KERNEL"
