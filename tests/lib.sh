@@ -192,7 +192,7 @@ hear_ready() {
 await_ready() {
     wait_for "$1" is_any_gone "$READY_PID" "${GUEST_QEMU_PID:-$NS_PID}" || true
     if is_alive "$READY_PID" || ! wait "$READY_PID"; then
-        fail "$TEST_NAME: ready" "$(cat "$GUEST/ready")"$'\n'"$(tail -n 20 "$CONSOLE")"
+        fail "$TEST_NAME: ready" "$(tail -q -n 20 "$GUEST/ready" "$CONSOLE" 2>/dev/null)"
         exit 1
     fi
     READY_PID=''
@@ -227,11 +227,15 @@ ns_start() {
     PID1=${PID1% }
 }
 
-# In the new namespaces, as pid 1: makes the root and becomes the agent.
+# In the new namespaces, as pid 1: makes the root and becomes the agent, which inherits
+# nothing but its console.
 ns_enter() {
     set -eu
-    local folder=$1 root=$1/root/all node
+    local folder=$1 root=$1/root/all node fd
     shift
+    for fd in /proc/self/fd/*; do
+        [ "${fd##*/}" -le 2 ] || eval "exec ${fd##*/}>&-"
+    done
     mount -t cgroup2 cgroup2 "$folder/cgroup"
     mkdir "$folder/cgroup/$(ns_cgroup "$folder")"
     echo 0 >"$folder/cgroup/$(ns_cgroup "$folder")/cgroup.procs"
@@ -264,7 +268,7 @@ ns_stop() {
     wait_for 5 is_gone "$PID1" || true
     unshare --mount bash -eu -c '
         mount -t cgroup2 cgroup2 "$1"
-        for try in 1 2 3 4 5; do
+        for try in {1..30}; do
             find "$1/$2" -depth -type d -exec rmdir {} + 2>/dev/null && break
             sleep 0.1
         done' - "$GUEST/cgroup" "$(ns_cgroup "$GUEST")" || true
@@ -374,12 +378,12 @@ lib_end() {
     trap '' TERM INT
     set +e
     [ "$status" = 0 ] || fail "$TEST_NAME: runs to its end" "ended with status $status"
+    stop
     for console in "$T"/*/console; do
         [ -e "$console" ] || continue
         ! grep -qaE "$BAD_CONSOLE" "$console" ||
             fail "$TEST_NAME: no crash in a console" "$(grep -aE -A 20 "$BAD_CONSOLE" "$console")"
     done
-    stop
     [ "$CHECKS" -gt 0 ] || fail "$TEST_NAME: has checks" 'none was made'
     if [ -n "${TEST_KEEP-}" ]; then
         echo "kept: $T"
