@@ -1558,7 +1558,7 @@ static int conf_read_msgpack(struct conf *c, struct buf *why)
 {
     struct mp_in in = { buf_at(&c->raw), c->raw.len };
     uint32_t seen = 0;
-    uint64_t pairs;
+    uint64_t pairs, unknown = 0;
     struct span name;
 
     if (!mp_read_count(&in, MP_MAP, &pairs))
@@ -1570,8 +1570,9 @@ static int conf_read_msgpack(struct conf *c, struct buf *why)
         while (i < COUNT(conf_keys) && !span_eq(name, conf_keys[i].name))
             i++;
         if (i == COUNT(conf_keys)) {
-            log_info("configuration: unknown key \"%.*s\" ignored",
-                     (int)(name.n < 64 ? name.n : 64), name.p);
+            if (unknown++ < CONF_LIST_MAX)
+                log_info("configuration: unknown key \"%.*s\" ignored",
+                         (int)(name.n < 64 ? name.n : 64), name.p);
             if (!mp_skip(&in))
                 return conf_wrong(why, "malformed msgpack");
             continue;
@@ -1584,6 +1585,8 @@ static int conf_read_msgpack(struct conf *c, struct buf *why)
     }
     if (in.n > 0)
         return conf_wrong(why, "%zu bytes after the map", in.n);
+    if (unknown > CONF_LIST_MAX)
+        log_info("configuration: %" PRIu64 " unknown keys in all", unknown);
     return conf_check(c, why);
 }
 
@@ -1925,10 +1928,10 @@ static void boot_descriptors(void)
     fd_close(&fd);
 }
 
-/* The console is opened again, without blocking. */
-static void boot_console(void)
+/* The console is opened again: what others see of it must not become non-blocking. */
+static void boot_console(const char *path)
 {
-    int fd = open("/dev/console", O_WRONLY | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+    int fd = open(path, O_WRONLY | O_APPEND | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
     if (fd >= 0)
         agent_log.fd = fd;
 }
@@ -3632,7 +3635,7 @@ static void conn_drained(struct conn *c)
 /* Brings the state up to date with what the protocol left behind. */
 static void conn_settle(struct conn *c)
 {
-    if (c->state != CONN_DEAD && c->state != CONN_CONNECTING && c->out.len > 0)
+    if (c->state != CONN_DEAD && c->state != CONN_CONNECTING && (c->out.len > 0 || c->out.failed))
         conn_flush(c);
     if (c->state == CONN_DRAINING && c->out.len == 0)
         conn_drained(c);
@@ -8412,8 +8415,8 @@ static void agent_boot_early(struct agent *a)
         for (size_t i = 0; i < COUNT(boot_mounts_early); i++)
             boot_mount(&boot_mounts_early[i]);
     boot_descriptors();
+    boot_console(agent_is_sandboxed(a) ? "/proc/self/fd/2" : "/dev/console");
     if (!agent_is_sandboxed(a)) {
-        boot_console();
         boot_stage(b, "proc, dev, console");
         agent_read_command_line();
         boot_stage(b, "command line");
