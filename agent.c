@@ -291,9 +291,10 @@ static int fd_write_all(int fd, const void *p, size_t n)
     return 0;
 }
 
+/* O_NONBLOCK here and below: a program could have put a FIFO there (open(2)). */
 static int file_write(const char *path, const void *p, size_t n, mode_t mode)
 {
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, mode);
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_NONBLOCK | O_CLOEXEC, mode);
     if (fd < 0)
         return -1;
     int rc = fd_write_all(fd, p, n);
@@ -304,7 +305,7 @@ static int file_write(const char *path, const void *p, size_t n, mode_t mode)
 /* For proc and sys, where a file must not be created. */
 static int file_set(const char *path, const char *text)
 {
-    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    int fd = open(path, O_WRONLY | O_NONBLOCK | O_CLOEXEC);
     if (fd < 0)
         return -1;
     int rc = fd_write_all(fd, text, strlen(text));
@@ -495,7 +496,7 @@ static const char *buf_text(struct buf *b)
 /* The whole of a small file, at most `most` bytes; -1 and errno (EFBIG: larger). */
 static int file_load(const char *path, struct buf *out, size_t most)
 {
-    int rc = -1, fd = open(path, O_RDONLY | O_CLOEXEC);
+    int rc = -1, fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     if (fd < 0)
         return -1;
     for (;;) {
@@ -4950,6 +4951,7 @@ static int program_spawn(struct program *p, const char *name, struct buf *why)
         argv[1] = shim;
         argv[2] = NULL;
     }
+    unlink(WORKER_SHIM);                /* a program may have made it something else */
     if (mkdir_all(PATH_STATE, 0755) < 0
         || file_write(WORKER_SHIM, shim_worker, (size_t)(shim_worker_end - shim_worker), 0644) < 0) {
         buf_add_format(why, "cannot write " WORKER_SHIM ": %s", strerror(errno));
