@@ -291,7 +291,7 @@ static int fd_write_all(int fd, const void *p, size_t n)
     return 0;
 }
 
-/* O_NONBLOCK here and below: a program could have put a FIFO there (open(2)). */
+/* O_NONBLOCK here and in file_set: a program could have put a FIFO there (open(2)). */
 static int file_write(const char *path, const void *p, size_t n, mode_t mode)
 {
     int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_NONBLOCK | O_CLOEXEC, mode);
@@ -496,7 +496,7 @@ static const char *buf_text(struct buf *b)
 /* The whole of a small file, at most `most` bytes; -1 and errno (EFBIG: larger). */
 static int file_load(const char *path, struct buf *out, size_t most)
 {
-    int rc = -1, fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    int rc = -1, fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
         return -1;
     for (;;) {
