@@ -91,7 +91,6 @@ print(base64.b32encode(bytes.fromhex(sys.argv[1])).decode().strip("=").lower())'
 check_eq 'boot: the hash names the host' "$NAME" "$(shell 'cat /proc/sys/kernel/hostname')"
 check_match 'boot: and the program knows' "\"ALEPH_ADDRESS_TO_USE\": \"$NAME\"" "$(request /env)"
 refused 'boot: a second configuration' 1 'configured' configure "$APPS/echo" main:app
-baseline
 
 # ---- what it carries -------------------------------------------------------------------
 
@@ -103,6 +102,7 @@ carries 'a response of 3 MiB' single $((3 * MIB))
 carries 'a response of 3 MiB in 50 parts' parts 50 $((3 * MIB / 50 + 1))
 carries '64 requests at once' at_once 64
 carries 'a request of 2 s delays no other' beside 20
+baseline
 for port in 52 80; do
     before=$(pid1_kib VmRSS)
     check "boot: a request body of 16 MiB, port $port" carry "$port" upload $((16 * MIB - 1024))
