@@ -37,9 +37,9 @@ CHECKS=0 FAILED=0 STARTS=0
 SOCK='' HTTP='' CONSOLE='' PID1='' BASELINE_KIB=''
 GUEST_QEMU_PID='' GUEST_VSOCK_PID='' NS_PID='' NS_PREPARE='' HTTP_PID='' READY_PID=''
 
+# Also when a signal ends it: without a trap of its own, bash does not wait for the command
+# that it runs.
 trap lib_end EXIT
-trap 'exit 143' TERM
-trap 'exit 130' INT
 
 [ -x "$AGENT" ] || die "$AGENT is not there: ./build.sh makes it"
 if [[ $AGENT == *debug/* ]]; then SANITIZED=yes; else SANITIZED=''; fi
@@ -379,6 +379,8 @@ lib_end() {
     set +e
     [ "$status" = 0 ] || fail "$TEST_NAME: runs to its end" "ended with status $status"
     stop
+    # What a signal has left behind of the command that it interrupted.
+    kill $(cat /proc/$$/task/$$/children) 2>/dev/null
     for console in "$T"/*/console; do
         [ -e "$console" ] || continue
         ! grep -qaE "$BAD_CONSOLE" "$console" ||
