@@ -1886,6 +1886,44 @@ static int cgroup_mount_v1(void)
     return 0;
 }
 
+/* A number in a file of proc, INT64_MAX where there is none. */
+static int64_t kernel_number(const char *path)
+{
+    struct buf text = { 0 };
+    int64_t value = INT64_MAX;
+
+    if (file_load(path, &text, 64) == 0 && text.len > 0)
+        value = strtoll(buf_text(&text), NULL, 10);
+    buf_fini(&text);
+    return value;
+}
+
+static void cgroup_limit(const char *path, int64_t value)
+{
+    char text[24];
+
+    snprintf(text, sizeof text, "%" PRId64, value);
+    if (file_set(path, text) < 0)
+        log_debug("%s: %s", path, strerror(errno));
+}
+
+/* When the program forks or allocates without end, it is the one to be refused: PID 1 and
+ * the host's commands still find a process and a page. */
+static void cgroup_limits(void)
+{
+    int64_t threads = kernel_number("/proc/sys/kernel/threads-max");
+    int64_t pids = kernel_number("/proc/sys/kernel/pid_max");
+    struct sysinfo machine;
+
+    if (pids < threads)
+        threads = pids;
+    if (threads != INT64_MAX)
+        cgroup_limit(PATH_CGROUP "/program/pids.max", threads / 100 * limits.program_pids_percent);
+    if (sysinfo(&machine) == 0)
+        cgroup_limit(PATH_CGROUP "/program/memory.max",
+                     (int64_t)machine.totalram * machine.mem_unit / 100 * limits.program_memory_percent);
+}
+
 static int cgroup_mount(void)
 {
     static const struct boot_mount v2 = {
@@ -1900,6 +1938,7 @@ static int cgroup_mount(void)
     for (const char *const *name = (const char *const[]){ "+memory", "+pids", "+cpu", NULL }; *name; name++)
         if (file_set(PATH_CGROUP "/cgroup.subtree_control", *name) < 0)
             log_debug("cgroup %s: %s", *name, strerror(errno));
+    cgroup_limits();
     return 0;
 }
 
@@ -6103,7 +6142,7 @@ static void command_bury(struct watch *w)
     free(CONTAINER(w, struct command, pipe));
 }
 
-/* The shell has ended and its output was read: what it left in the background goes too. */
+/* Ends the shell, if it runs still, and the connection; frees cmd once the shell is reaped. */
 static void command_end(struct command *cmd, const char *why)
 {
     struct aleph *a = cmd->aleph;
@@ -6169,6 +6208,8 @@ static void command_on_exit(struct child *c, int status)
 
     (void)status;
     cmd->dead = true;
+    child_signal(c, SIGKILL);       /* what it left in the background */
+    c->group = 0;                   /* the number may be another's by the time all is read */
     if (cmd->aleph)
         command_read(cmd);
     else
@@ -8440,6 +8481,9 @@ static void agent_boot_late(struct agent *a)
         return;
     a->booted = true;
     loop_never(&a->loop, &a->late_timer);
+    for (size_t i = 0; i < COUNT(boot_mounts_early) && !agent_is_sandboxed(a); i++)
+        if (!boot_path_is_mounted(boot_mounts_early[i].target))     /* now it has a folder */
+            boot_mount(&boot_mounts_early[i]);
     for (size_t i = 0; i < COUNT(boot_mounts_late); i++)
         boot_mount(&boot_mounts_late[i]);
     boot_stage(b, "sys, run, pts, shm");
