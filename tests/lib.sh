@@ -374,10 +374,9 @@ is_sanitized() { [ -n "$SANITIZED" ]; }
 BAD_CONSOLE='Kernel panic|BUG: |Oops: |ERROR: (Address|Leak)Sanitizer|runtime error: |Assertion .*failed'
 
 lib_end() {
-    local status=$? console
+    local status=$? console before=$FAILED
     trap '' TERM INT
     set +e
-    [ "$status" = 0 ] || fail "$TEST_NAME: runs to its end" "ended with status $status"
     stop
     # What a signal has left behind of the command that it interrupted.
     kill $(cat /proc/$$/task/$$/children) 2>/dev/null
@@ -386,6 +385,8 @@ lib_end() {
         ! grep -qaE "$BAD_CONSOLE" "$console" ||
             fail "$TEST_NAME: no crash in a console" "$(grep -aE -A 20 "$BAD_CONSOLE" "$console")"
     done
+    [ "$STARTS" = 0 ] || [ "$FAILED" != "$before" ] || pass "$TEST_NAME: no crash in $STARTS consoles"
+    [ "$status" = 0 ] || fail "$TEST_NAME: runs to its end" "ended with status $status"
     [ "$CHECKS" -gt 0 ] || fail "$TEST_NAME: has checks" 'none was made'
     if [ -n "${TEST_KEEP-}" ]; then
         echo "kept: $T"

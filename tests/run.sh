@@ -16,7 +16,8 @@ trap 'exit 130' INT TERM
 is_test() { [[ $1 != lib && $1 != run ]]; }
 is_for_guests() { grep -qE '^[^#]*\b(boot|start_guest)\b' "tests/$1.sh"; }
 is_for_namespaces() { grep -qE '^[^#]*\bns_start\b' "tests/$1.sh"; }
-runs_alone() { [[ $1 == build ]] || grep -q '^# Runs alone' "tests/$1.sh"; }
+# The head of a script says whether it disturbs others, or minds being disturbed.
+runs_alone() { [ "$1" = build ] || sed '/^[^#]/q' "tests/$1.sh" 2>/dev/null | grep -q 'Runs alone'; }
 
 seconds_for() {
     case $1 in
@@ -54,21 +55,25 @@ guests_work() {
     return 1
 }
 
+# Two at a time, then those that run alone.
 run_all() {
-    local name running=0
-    for name in "$@"; do
+    local name alone=() running=0
+    for name; do
         if runs_alone "$name"; then
-            wait
-            running=0
-        elif [ "$running" = 2 ]; then
+            alone+=("$name")
+            continue
+        fi
+        if [ "$running" = 2 ]; then
             wait -n || true
             running=1
         fi
         run_one "$name" &
         running=$((running + 1))
-        ! runs_alone "$name" || { wait; running=0; }
     done
     wait
+    for name in "${alone[@]}"; do
+        run_one "$name"
+    done
 }
 
 # One script, and what else its name stands for.
