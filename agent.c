@@ -1690,6 +1690,17 @@ static bool boot_path_is_mounted(const char *path)
     return stat(path, &here) == 0 && stat(parent, &above) == 0 && here.st_dev != above.st_dev;
 }
 
+/* True: something was mounted that was not there before. */
+static bool boot_mount_early(void)
+{
+    bool any = false;
+
+    for (size_t i = 0; i < COUNT(boot_mounts_early); i++)
+        if (!boot_path_is_mounted(boot_mounts_early[i].target))
+            any |= boot_mount(&boot_mounts_early[i]) == 0;
+    return any;
+}
+
 /* ---- kernel modules (init_module(2), modprobe.d's modules.dep) ---- */
 
 /* The name of a module file, '-' as '_', without folder and suffix: "a/b-c.ko.xz" is b_c. */
@@ -5444,6 +5455,7 @@ struct aleph_server {
     struct buf        undo_text, undo_trace;    /* the answer, while the undoing runs */
     struct aleph     *halting;          /* list: who gets STOP and STOPZ */
     unsigned          commands;
+    void            (*on_configure)(struct aleph_server *);     /* before anything is applied */
     void            (*on_halt)(struct aleph_server *);
     void             *owner;
 };
@@ -5660,6 +5672,7 @@ static void setup_start(struct aleph *a)
     struct aleph_server *s = a->server;
     struct buf why = { 0 };
 
+    s->on_configure(s);
     s->configurer = a;
     s->setup_ms = now_ms();
     a->state = ALEPH_WAITING;
@@ -5972,7 +5985,7 @@ static const char *aleph_read_fields(struct mp_in in, struct request *r, struct 
 {
     struct span name, value, connection = { 0 };
     struct mp_in again = in;
-    uint64_t count, two;
+    uint64_t count, two, bytes = 0;
     bool had_length = false;
     char length[24];
 
@@ -5987,6 +6000,8 @@ static const char *aleph_read_fields(struct mp_in in, struct request *r, struct 
             return "scope.headers: a name is no token";
         if (!field_value_ok(value))
             return "scope.headers: a value holds control bytes";
+        if ((bytes += name.n + value.n) > (uint64_t)limits.http_head_bytes)
+            return "scope.headers: too large";
         if (span_eq_nocase(name, "connection"))
             connection = value;
     }
@@ -8455,8 +8470,7 @@ static void agent_boot_early(struct agent *a)
     struct boot *b = &a->boot;
 
     if (!agent_is_sandboxed(a))
-        for (size_t i = 0; i < COUNT(boot_mounts_early); i++)
-            boot_mount(&boot_mounts_early[i]);
+        boot_mount_early();
     boot_descriptors();
     boot_console(agent_is_sandboxed(a) ? "/proc/self/fd/2" : "/dev/console");
     if (!agent_is_sandboxed(a)) {
@@ -8481,9 +8495,10 @@ static void agent_boot_late(struct agent *a)
         return;
     a->booted = true;
     loop_never(&a->loop, &a->late_timer);
-    for (size_t i = 0; i < COUNT(boot_mounts_early) && !agent_is_sandboxed(a); i++)
-        if (!boot_path_is_mounted(boot_mounts_early[i].target))     /* now it has a folder */
-            boot_mount(&boot_mounts_early[i]);
+    if (!agent_is_sandboxed(a) && boot_mount_early()) {     /* its folder could not be made before */
+        boot_console("/dev/console");
+        boot_protect();
+    }
     for (size_t i = 0; i < COUNT(boot_mounts_late); i++)
         boot_mount(&boot_mounts_late[i]);
     boot_stage(b, "sys, run, pts, shm");
@@ -8513,6 +8528,12 @@ static void agent_on_ready_said(struct agent *a)
     boot_print(&a->boot);
 }
 
+/* A host may be quicker than the rest of boot. */
+static void agent_on_configure(struct aleph_server *s)
+{
+    agent_boot_late(s->owner);
+}
+
 static void agent_listen(struct agent *a)
 {
     struct address *wire = &a->aleph.listener.address, *http = &a->http.listener.address;
@@ -8522,6 +8543,7 @@ static void agent_listen(struct agent *a)
     a->aleph.children = &a->children;
     a->aleph.program = a->http.program = &a->program;
     a->aleph.owner = a;
+    a->aleph.on_configure = agent_on_configure;
     a->aleph.on_halt = agent_on_aleph_halt;
     a->program.on_stopped = halt_on_stopped;
     if (agent_is_sandboxed(a)) {
