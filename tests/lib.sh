@@ -123,7 +123,10 @@ checks_from() {
     while IFS= read -r line; do
         case $line in
         'ok '*) pass "${line#ok }" ;;
-        'FAIL '*) line=${line#FAIL } fail "${line%%: *}" "${line#*: }" ;;
+        'FAIL '*)
+            line=${line#FAIL }
+            fail "${line%%: *}" "${line#*: }"
+            ;;
         *) fail "$TEST_NAME: prints checks only" "$line" ;;
         esac
     done <"$T/checks"
