@@ -1,4 +1,4 @@
-"""Drives the HTTP front with bytes of its own making; run by http.sh.
+"""Drives the HTTP front with bytes of its own making; run by http.sh, and the base of frames.py.
 
     http_raw.py SOCKET CONSOLE PID GROUP...
 
@@ -1052,7 +1052,7 @@ def group_idle():
 def main():
     for name in sys.argv[4:]:
         try:
-            globals()["group_" + name]()
+            getattr(sys.modules["__main__"], "group_" + name)()
         except Exception as exc:
             where = exc.__traceback__
             while where.tb_next:
@@ -1060,4 +1060,5 @@ def main():
             report("%s: runs to its end" % name, "%r in line %d, %s" % (exc, where.tb_lineno, where.tb_frame.f_code.co_name))
 
 
-main()
+if __name__ == "__main__":
+    main()
