@@ -53,14 +53,20 @@ guest_once() {
 
 # ---- Fetching ----------------------------------------------------------------------------
 
-# The Debian mirror that this machine uses.
+# The Debian mirror that this machine uses; apt names it once it has fetched its index.
 guest_mirror() {
-    local site
-    site=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 'Origin: Debian' \
-        'Label: Debian' | head -n 1)
-    site=${DEBIAN_MIRROR:-$site}
-    [ -n "$site" ] || die 'apt knows no Debian mirror: run apt-get update, or set DEBIAN_MIRROR'
+    local site=${DEBIAN_MIRROR:-$(guest_mirror_of_apt)}
+    if [ -z "$site" ] && ((EUID == 0)); then
+        apt-get update -q >&2
+        site=$(guest_mirror_of_apt)
+    fi
+    [ -n "$site" ] || die 'apt knows no Debian mirror: DEBIAN_MIRROR=ADDRESS names one'
     echo "$site"
+}
+
+guest_mirror_of_apt() {
+    apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 'Origin: Debian' \
+        'Label: Debian' | head -n 1
 }
 
 # apt-get or apt-cache over the index of one suite, apart from the machine's own lists.
@@ -234,6 +240,7 @@ guest_base() {
     guest_need
     GUEST_BASE=$GUEST_CACHE/$1-$(declare -f guest_make_base |
         guest_hash - "$recipe" <(echo "${GUEST_KERNEL##*/}")).base
+    [ -e "$GUEST_BASE" ] || ((EUID == 0)) || die 'a root image can only be made as root'
     guest_once "$GUEST_BASE" guest_make_base "$recipe" "$GUEST_KERNEL"
     find "$GUEST_CACHE" -maxdepth 1 -name "$1-*.base" ! -path "$GUEST_BASE" -delete
 }
