@@ -232,10 +232,17 @@ musl() {
 
 build_release() {
     libraries release
+    [[ ! -e out/agent || $(cat "$OUT/agent.stamp" 2>/dev/null) != "$(agent_stamp)" ]] || return 0
     say "compiling agent.c (release)"
-    # Always: nothing tracks what .incbin reads.
     gcc $STRICT $CFLAGS $INCLUDES -c agent.c -o "$OUT/agent.o"
     link_release out/agent
+    agent_stamp >"$OUT/agent.stamp"
+}
+
+# What out/agent was made from, and itself: nothing else tracks what .incbin reads.
+agent_stamp() {
+    { cat agent.[ch] shims/* "$OUT/stamp"; declare -p STRICT; declare -f link_release
+      sha256sum <out/agent; } | sha256sum
 }
 
 # link_release FILE [FLAG...]
@@ -292,7 +299,7 @@ run_fuzz() {
 }
 
 # Two builds at once in one folder would trip over each other.
-locked() { (flock 9; "$@") 9>out/.lock; }
+locked() { (flock -n 9 || { say 'waiting for another build'; flock 9; }; "$@") 9>out/.lock; }
 
 usage() {
     cat <<'END'
