@@ -241,7 +241,7 @@ build_release() {
 
 # What out/agent was made from, and itself: nothing else tracks what .incbin reads.
 agent_stamp() {
-    { cat agent.[ch] shims/* "$OUT/stamp"; declare -p STRICT; declare -f link_release
+    { cat agent.[ch] shims/*.* "$OUT/stamp"; declare -p STRICT; declare -f link_release
       sha256sum <out/agent; } | sha256sum
 }
 
