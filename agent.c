@@ -1897,14 +1897,15 @@ static int cgroup_mount_v1(void)
     return 0;
 }
 
-/* A number in a file of proc, INT64_MAX where there is none. */
-static int64_t kernel_number(const char *path)
+/* The number that follows the key in a file of proc or sys; -1: it is not there. */
+static int64_t kernel_number(const char *path, const char *key)
 {
     struct buf text = { 0 };
-    int64_t value = INT64_MAX;
+    const char *at = NULL;
+    int64_t value = -1;
 
-    if (file_load(path, &text, 64) == 0 && text.len > 0)
-        value = strtoll(buf_text(&text), NULL, 10);
+    if (file_load(path, &text, 64 << 10) == 0 && text.len > 0 && (at = strstr(buf_text(&text), key)))
+        value = strtoll(at + strlen(key), NULL, 10);
     buf_fini(&text);
     return value;
 }
@@ -1919,20 +1920,20 @@ static void cgroup_limit(const char *path, int64_t value)
 }
 
 /* When the program forks or allocates without end, it is the one to be refused: PID 1 and
- * the host's commands still find a process and a page. */
+ * the host's commands still find a process and a page. The memory that the kernel keeps for
+ * itself is nobody's: a share of all of it would let the whole machine run out first. */
 static void cgroup_limits(void)
 {
-    int64_t threads = kernel_number("/proc/sys/kernel/threads-max");
-    int64_t pids = kernel_number("/proc/sys/kernel/pid_max");
-    struct sysinfo machine;
+    int64_t threads = kernel_number("/proc/sys/kernel/threads-max", "");
+    int64_t pids = kernel_number("/proc/sys/kernel/pid_max", "");
+    int64_t kib = kernel_number("/proc/meminfo", "MemAvailable:");
 
-    if (pids < threads)
+    if (threads > pids)
         threads = pids;
-    if (threads != INT64_MAX)
-        cgroup_limit(PATH_CGROUP "/program/pids.max", threads / 100 * limits.program_pids_percent);
-    if (sysinfo(&machine) == 0)
-        cgroup_limit(PATH_CGROUP "/program/memory.max",
-                     (int64_t)machine.totalram * machine.mem_unit / 100 * limits.program_memory_percent);
+    if (threads > 0)
+        cgroup_limit(PATH_CGROUP "/program/pids.max", threads * limits.program_pids_percent / 100);
+    if (kib > 0)
+        cgroup_limit(PATH_CGROUP "/program/memory.max", kib * 1024 * limits.program_memory_percent / 100);
 }
 
 static int cgroup_mount(void)
@@ -3292,15 +3293,7 @@ static void cgroup_kill(const struct children *all)
 /* How many processes of the programs the kernel has killed for want of memory. */
 static int64_t cgroup_oom_kills(const struct children *all)
 {
-    struct buf events = { 0 };
-    int64_t count = 0;
-
-    if (all->has_cgroup && file_load(PATH_CGROUP "/program/memory.events", &events, 4096) == 0) {
-        const char *at = strstr(buf_text(&events), "oom_kill ");
-        count = at ? strtoll(at + 9, NULL, 10) : 0;
-    }
-    buf_fini(&events);
-    return count;
+    return all->has_cgroup ? kernel_number(PATH_CGROUP "/program/memory.events", "oom_kill ") : 0;
 }
 
 /* ---- what a child prints, line by line to the log, its end kept for error replies ---- */

@@ -101,7 +101,7 @@ enum frame_type {
     X(commands,           16,         1,       256,     "!commands at once") \
     X(queue,              1024,       1,       65536,   "requests that wait for the program to start") \
     X(overlay_percent,    50,         1,       95,      "part of RAM that the overlay may fill") \
-    X(program_memory_percent, 95,     1,       100,     "part of RAM that the program may use") \
+    X(program_memory_percent, 95,     1,       100,     "part of the memory available at boot that the program may use") \
     X(program_pids_percent, 75,       1,       100,     "part of the kernel's processes and threads that the program may start") \
     /* times */ \
     X(silent_ms,          30000,      100,     3600000, "a connection's first byte") \
