@@ -384,14 +384,15 @@ static void buf_fini(struct buf *b)
     *b = (struct buf){ 0 };
 }
 
+/* Never NULL: zero bytes may be looked at too. */
 static const char *buf_at(const struct buf *b)
 {
-    return b->data + b->start;
+    return b->data ? b->data + b->start : "";
 }
 
 static struct span buf_span(const struct buf *b)
 {
-    return (struct span){ b->len > 0 ? buf_at(b) : "", b->len };
+    return (struct span){ buf_at(b), b->len };
 }
 
 /* Where n more bytes may be written, or NULL. They count once buf_added(). */
