@@ -176,13 +176,13 @@ static void receive_frame(struct worker *w, struct fuzz *f)
     unsigned id = fuzz_byte(f), type = fuzz_byte(f), size = fuzz_byte(f), flags = fuzz_byte(f);
     struct span payload = fuzz_piece(f, size & 0x7f);
     size_t more = size & 0x80 ? 500 * (size_t)(size & 0x7f) : 0;
+    static const char long_payload[127 * 500];
     char head[FRAME_HEADER_BYTES];
 
     frame_head(head, (uint32_t)(payload.n + more), id, type % 14, flags & FRAME_END);
     buf_add(&frame, head, sizeof head);
     buf_add_span(&frame, payload);
-    for (size_t i = 0; i < more; i++)
-        buf_add_byte(&frame, 'm');
+    buf_add(&frame, long_payload, more);
     receive(w, buf_span(&frame), 1 + (flags >> 1) * 100);
     buf_fini(&frame);
 }
@@ -276,6 +276,17 @@ static void answer_instruction(struct fuzz f, bool event)
     close(l.epoll_fd);
 }
 
+/* A body that uses its credit up, nearly, and goes past it. */
+static void seed_flood(struct buf *out, size_t head)
+{
+    static const char step[] = { 6, 0, 2, FRAME_RESPONSE_BODY, '\xff', 0 }, payload[0x7f];
+
+    for (int i = 0; i < 2; i++) {
+        buf_add(out, step + sizeof step - head, head);
+        buf_add(out, payload, sizeof payload);
+    }
+}
+
 static void fuzz_seed(unsigned which, struct buf *out)
 {
     static const struct { unsigned char type, flags; const char *payload; size_t n; } frames[] = {
@@ -293,6 +304,8 @@ static void fuzz_seed(unsigned which, struct buf *out)
         const char head[] = { (char)((which & 12) ? 6 : 14), 0, 1 + (char)(i % 2), (char)frames[i].type, (char)frames[i].n, (char)frames[i].flags };
         buf_add(out, which & 0x80 ? head + 2 : head, which & 0x80 ? 4 : 6);
         buf_add(out, frames[i].payload, frames[i].n);
+        if (which & 16 && i == 1)
+            seed_flood(out, which & 0x80 ? 4 : 6);
     }
 }
 

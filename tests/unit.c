@@ -729,10 +729,10 @@ static void probe_on_event(struct watch *w, uint32_t events)
     p->events++;
     check(p->buried == 0 && !w->buried, "what was given up is not called");
     probe_order[probe_count++ % COUNT(probe_order)] = p;
-    if (p->buries)
-        loop_bury(p->loop, &p->buries->watch, probe_bury);
     if (p->again && p->events < 10)
         loop_soon(p->loop, w);
+    if (p->buries)
+        loop_bury(p->loop, &p->buries->watch, probe_bury);
 }
 
 static void probe_on_deadline(struct watch *w)
@@ -868,6 +868,7 @@ static void test_loop_soon(void)
     loop_turn(&l);
     check(c.events == 0 && c.buried == 1, "nor after it, and is freed once");
     b.buries = &b;
+    b.again = true;                 /* queued for the next turn, and given up in this one */
     loop_soon(&l, &b.watch);
     loop_turn(&l);
     check(b.buried == 1, "a handler gives itself up");
