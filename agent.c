@@ -4850,6 +4850,7 @@ struct program {
     struct conf        conf;
     struct worker     *worker;      /* the current one, or NULL */
     struct watch       timer;       /* limit for a start; back-off; grace when stopping */
+    struct watch       stalls;      /* its cgroup's memory.pressure */
     int64_t            backoff_ms;
     int64_t            served_ms;   /* when it last became ready */
     int64_t            oom_kills;   /* as counted last */
@@ -5306,6 +5307,32 @@ static void program_on_deadline(struct watch *t)
     case PROGRAM_NONE:
     case PROGRAM_SERVING:
         break;
+    }
+}
+
+/* At its limit of memory a program may go on for ever without getting anywhere: the kernel
+ * takes the pages of its code away to read them again, and sees no reason to kill. */
+static void program_on_stall(struct watch *w, uint32_t events)
+{
+    struct program *p = CONTAINER(w, struct program, stalls);
+
+    if (!(events & EPOLLPRI))
+        loop_want(p->loop, w, 0);
+    else if (p->worker)
+        worker_break(p->worker, "out of memory: it stood still for half of 10 s");
+}
+
+/* Once its cgroup is there (Documentation/accounting/psi.rst); old kernels have no such file. */
+static void program_watch_memory(struct program *p)
+{
+    static const char trigger[] = "full 5000000 10000000";      /* stalled us, window us */
+
+    p->stalls = (struct watch){ .on_event = program_on_stall,
+        .fd = open(PATH_CGROUP "/program/memory.pressure", O_RDWR | O_NONBLOCK | O_CLOEXEC) };
+    if (p->stalls.fd < 0 || fd_write_all(p->stalls.fd, trigger, sizeof trigger) < 0
+        || loop_want(p->loop, &p->stalls, EPOLLPRI) < 0) {
+        log_debug("memory.pressure: %s", strerror(errno));
+        fd_close(&p->stalls.fd);
     }
 }
 
@@ -6456,6 +6483,8 @@ static int aleph_open(struct aleph_server *s)
     s->listener.all = s->conns;
     s->listener.extra = 64;         /* clients of port 80 must not keep the host's halt out */
     s->listener.on_accept = aleph_on_accept;
+    s->listener.full = "\x83\xa5" "error" "\xb4" "too many connections"
+                       "\xa9" "traceback" "\xb4" "too many connections" "\xa6" "output" "\xc0";
     s->listener.arg = s;
     return listener_open(&s->listener);
 }
@@ -8497,6 +8526,7 @@ static void agent_boot_late(struct agent *a)
         boot_mount(&boot_mounts_late[i]);
     boot_stage(b, "sys, run, pts, shm");
     a->children.has_cgroup = cgroup_mount() == 0 && access(PATH_CGROUP "/program/cgroup.procs", W_OK) == 0;
+    program_watch_memory(&a->program);
     boot_stage(b, "cgroup");
     net_loopback();
     boot_stage(b, "loopback");

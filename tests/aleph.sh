@@ -75,10 +75,10 @@ configured
 peer halt_split
 check 'halt ends init' wait_for 6 is_gone "$NS_PID"
 
-ns_start --limit command_ms=1500 --limit commands=4
+ns_start --limit command_ms=1500 --limit commands=4 --limit conns=32
 GOOD=(shell 'echo hello')
 baseline
-item item48
+item crowd item48
 shell 'rm -f /bin/sh /usr/bin/sh'
 peer item48_no_shell
 peer halt_plain

@@ -467,6 +467,23 @@ def silent(peer, count=10000):
     equal("%d silent connections are told why" % count, count, told)
 
 
+def crowd(peer):
+    """As many connections as the limit allows, then one more. The script sets the limit to 32;
+    this port has 64 places of its own."""
+    open_ones = [peer.connect() for _ in range(32 + 64)]
+    time.sleep(0.1)
+    for name, data in ("a request", packed(Peer.scope())), ("a configuration", b"5"), ("a command", b"!echo hello\n"):
+        refused("one connection more than the limit: " + name, "too many connections", talk(peer, data))
+    for s in open_ones:
+        s.close()
+    for _ in range(100):
+        answer = talk(peer, b"!echo hello\n")
+        if answer == b"hello\n":
+            break
+        time.sleep(0.02)
+    equal("and then there is room again", b"hello\n", answer)
+
+
 # ---- The good configuration, and the second ---------------------------------------------
 
 def configure(peer):
