@@ -3803,6 +3803,18 @@ static bool listener_trusts(const struct listener *l, const struct sockaddr_stor
     return !is_vsock || (peer->ss_family == AF_VSOCK && vm->svm_cid == VMADDR_CID_HOST);
 }
 
+/* Says why and closes; what has come is read first, as closing over it would be a reset. */
+static void listener_turn_away(const struct listener *l, int fd)
+{
+    char bytes[4096];
+
+    if (l->full)
+        send(fd, l->full, strlen(l->full), MSG_NOSIGNAL | MSG_DONTWAIT);
+    for (int i = 0; i < 16 && recv(fd, bytes, sizeof bytes, MSG_DONTWAIT) > 0;)
+        i++;
+    fd_close(&fd);
+}
+
 static void listener_on_event(struct watch *w, uint32_t events)
 {
     struct listener *l = CONTAINER(w, struct listener, watch);
@@ -3825,9 +3837,7 @@ static void listener_on_event(struct watch *w, uint32_t events)
         } else if (l->all->count >= (size_t)limits.conns + l->extra) {
             log_info("%s: more than %" PRId64 " connections, one was turned away",
                      l->address.text, limits.conns);
-            if (l->full)
-                send(fd, l->full, strlen(l->full), MSG_NOSIGNAL | MSG_DONTWAIT);
-            fd_close(&fd);
+            listener_turn_away(l, fd);
         } else {
             if (l->address.kind == ADDRESS_TCP)
                 setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
