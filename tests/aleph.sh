@@ -4,18 +4,7 @@
 # standing rule holds.
 . "$(dirname "$0")/lib.sh"
 
-# peer ITEM…: its lines become checks.
-peer() {
-    local line status=0
-    PYTHONDONTWRITEBYTECODE=1 "$PYTHON" "$TESTS/aleph_peer.py" "$SOCK" "$@" >"$T/peer" 2>"$T/peer.err" || status=$?
-    while IFS= read -r line; do
-        case $line in
-        'ok '*) pass "${line#ok }" ;;
-        'FAIL '*) line=${line#FAIL } fail "${line%%: *}" "${line#*: }" ;;
-        esac
-    done <"$T/peer"
-    [ "$status" = 0 ] || fail "aleph_peer.py $*" "status $status"$'\n'"$(tail -n 5 "$T/peer.err")"
-}
+peer() { checks_from "$PYTHON" -B "$TESTS/aleph_peer.py" "$SOCK" "$@"; }
 
 # item NAME…: each, then the standing rule.
 item() {
