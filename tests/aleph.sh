@@ -4,6 +4,8 @@
 # standing rule holds.
 . "$(dirname "$0")/lib.sh"
 
+need iproute2 >&2
+
 peer() { checks_from "$PYTHON" -B "$TESTS/aleph_peer.py" "$SOCK" "$@"; }
 
 # item NAME…: each, then the standing rule.
@@ -41,7 +43,7 @@ not_configured() {
 
 # 43: what a failed configuration applied is taken back.
 undo() {
-    nsenter -t "$PID1" --net -- ip link add eth0 type veth peer name eth0-peer
+    check '43: a NIC to configure' nsenter -t "$PID1" --net -- ip link add eth0 type veth peer name eth0-peer
     local before after
     before=$(applied)
     peer undone

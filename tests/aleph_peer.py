@@ -4,6 +4,7 @@
 
 Prints `ok NAME` or `FAIL NAME: why` for each case. What must hold after each item (alive, the
 next good request, memory) is the calling script's to check."""
+import base64
 import hashlib
 import io
 import json
@@ -315,13 +316,23 @@ def item43(peer):
     conf_refused(peer, "43: 100 name servers", "dns_servers: 100 entries, at most", dns_servers=["9.9.9.9"] * 100)
 
 
+UNDONE = """
+import os, socket
+applied = {"hostname": socket.gethostname(), "resolver": "192.0.2.53" in open("/etc/resolv.conf").read(),
+           "ip": "192.0.2.7" in open("/proc/net/fib_trie").read(), "data": os.listdir("/data")}
+raise ValueError("fails on purpose: %s" % applied)
+"""
+
+
 def undone(peer):
-    """Half applied, then undone: network, name servers and code are there, the start fails."""
+    """All is applied, as the program sees; then it fails. The script looks whether all is undone."""
     answer = send_conf(peer, Peer.configuration(
-        zipped({"undone_marker.py": "raise ValueError('fails on purpose')"}), "undone_marker:app", vm_hash="beef" * 16,
+        zipped({"undone_marker.py": UNDONE}), "undone_marker:app", vm_hash="beef" * 16,
         ip="192.0.2.7/25", route="192.0.2.1", dns_servers=["192.0.2.53"], ipv6="2001:db8::7/64", ipv6_gateway="2001:db8::1",
         input_data=zipped({"undone_data": "x"})))
-    refused("43: a program that does not start", "fails on purpose", answer)
+    hostname = base64.b32encode(bytes.fromhex("beef" * 16)).decode().rstrip("=").lower()
+    applied = {"hostname": hostname, "resolver": True, "ip": True, "data": ["undone_data"]}
+    refused("43: a program that does not start", "fails on purpose: %s" % applied, answer)
 
 
 def same_size(peer):
