@@ -29,13 +29,14 @@ need() {
     ((${#missing[@]})) || return 0
     ((EUID == 0)) || die "needs packages: ${missing[*]} (as root it installs them)"
     say "installing ${missing[*]}"
-    apt_install "${missing[@]}" 2>/dev/null || { apt-get update -q && apt_install "${missing[@]}"; } ||
+    apt_install "${missing[@]}" 2>/dev/null ||
+        { apt-get update -qq -o Acquire::Retries=3 && apt_install "${missing[@]}"; } ||
         die "cannot install ${missing[*]}"
 }
 
 apt_install() {
     DEBIAN_FRONTEND=noninteractive apt-get install -qqy --no-install-recommends \
-        -o Dpkg::Use-Pty=0 "$@" >/dev/null
+        -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 "$@" >/dev/null
 }
 
 # ---- Fetching -------------------------------------------------------------------------
