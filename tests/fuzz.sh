@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every fuzz target for a few seconds (FUZZ_SECONDS), on what it found before and from its own
-# seeds; `./build.sh fuzz NAME SECONDS` runs one for longer. Runs alone: it needs a processor.
+# seeds; `./build.sh fuzz NAME SECONDS` runs one for longer.
 . "$(dirname "$0")/lib.sh"
 
 SECONDS_EACH=${FUZZ_SECONDS:-10}

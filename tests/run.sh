@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests: all of tests/*.sh, or those named (tests/run.sh http zip), and the unit
-# tests. Two scripts at a time, except those that measure time or rebuild. Scripts that need
-# no guest run a second time with the sanitizer build. Failures come with what their script
-# printed; the last line is `N passed, N failed`.
+# tests. Some scripts at a time, except those that measure time. Scripts that need no guest
+# run a second time with the sanitizer build. Failures come with what their script printed;
+# the last line is `N passed, N failed`.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -17,7 +17,7 @@ is_test() { [[ $1 != lib && $1 != run ]]; }
 is_for_guests() { grep -qE '^[^#]*\b(boot|start_guest)\b' "tests/$1.sh"; }
 is_for_namespaces() { grep -qE '^[^#]*\bns_start\b' "tests/$1.sh"; }
 # The head of a script says whether it disturbs others, or minds being disturbed.
-runs_alone() { [ "$1" = build ] || sed '/^[^#]/q' "tests/$1.sh" 2>/dev/null | grep -q 'Runs alone'; }
+runs_alone() { sed '/^[^#]/q' "tests/$1.sh" 2>/dev/null | grep -q 'Runs alone'; }
 
 seconds_for() {
     case $1 in
@@ -55,7 +55,9 @@ guests_work() {
     return 1
 }
 
-# Two at a time, then those that run alone.
+JOBS=3                              # they wait as much as they work
+
+# Some at a time, then those that run alone.
 run_all() {
     local name alone=() running=0
     for name; do
@@ -63,9 +65,9 @@ run_all() {
             alone+=("$name")
             continue
         fi
-        if [ "$running" = 2 ]; then
+        if [ "$running" = "$JOBS" ]; then
             wait -n || true
-            running=1
+            running=$((JOBS - 1))
         fi
         run_one "$name" &
         running=$((running + 1))
@@ -95,9 +97,10 @@ main() {
     local names=() name file
     if [ $# = 0 ]; then
         [ ! -x out/debug/unit ] || names+=(unit)
+        names+=(build fuzz)             # the longest first
         for file in tests/*.sh; do
-            name=${file##*/}
-            names+=("${name%.sh}")
+            name=${file##*/} name=${name%.sh}
+            [[ $name = build || $name = fuzz ]] || names+=("$name")
         done
     fi
     for name; do
