@@ -34,7 +34,7 @@ check 'fastapi: FileResponse of 200,000 bytes, port 52' cmp "$T/file" "$T/file.5
 check 'fastapi: FileResponse of 200,000 bytes, port 80' cmp "$T/file" "$T/file.80"
 start=$(ms)
 both_matter 'fastapi: a background task is accepted' '"accepted"' /background/3
-check_at_most 'fastapi: two background tasks of 3 s delay no reply, ms' 2500 $(($(ms) - start))
+check_at_most 'fastapi: two background tasks of 3 s delay no reply, ms' 2900 $(($(ms) - start))
 check 'fastapi: the background tasks run' wait_for 15 eval 'request / | grep -q "\"background\":2"'
 both_matter 'fastapi: one lifespan' '"lifespans":1' /
 check_match 'fastapi: an unknown path is 404' '^HTTP/1.1 404 ' "$(http /nowhere -i)"
