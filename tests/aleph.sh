@@ -66,7 +66,7 @@ configured
 peer halt_split
 check 'halt ends init' wait_for 6 is_gone "$NS_PID"
 
-ns_start --limit command_ms=1500 --limit commands=4 --limit conns=32
+ns_start --limit command_ms=4000 --limit command_out_bytes=16777216 --limit commands=4 --limit conns=32
 GOOD=(shell 'echo hello')
 baseline
 item crowd item48

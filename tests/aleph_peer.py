@@ -821,6 +821,7 @@ def gone(name, words):
 
 
 def item48(peer):
+    """The script allows a command 4 s, 16 MiB of output, and 3 others beside it."""
     for name, pieces, end, expected in (
             ("a line", (b"!echo one\n",), False, b"one\n"), ("no newline", (b"!echo two",), False, b"two\n"),
             ("the end of the stream", (b"!echo three",), True, b"three\n"),
@@ -846,12 +847,12 @@ def item48(peer):
     refused("48: a command of 64 KiB and more, with its newline", "more than 65536 bytes",
             talk(peer, b"!echo " + b"x" * 70000 + b"\n"))
     answer = talk(peer, b"!head -c 1073741824 /dev/zero\n")
-    case("48: 1 GiB of output is cut", (64 << 20) - 32768 < len(answer) < (64 << 20) + 100 and b"too much output" in answer[-100:],
+    case("48: 1 GiB of output is cut", (16 << 20) - 32768 < len(answer) < (16 << 20) + 100 and b"too much output" in answer[-100:],
          "%d bytes, %r" % (len(answer), answer[-100:]))
     start = time.monotonic()
     answer = talk(peer, b"!echo begun; exec sleep 31337\n")
     took = time.monotonic() - start
-    case("48: a command that never ends is ended", answer == b"begun\n\nagent: took too long, killed\n" and took < 4, answer)
+    case("48: a command that never ends is ended", answer == b"begun\n\nagent: took too long, killed\n" and took < 10, answer)
     gone("48: and is gone", b"sleep 31337")
     start = time.monotonic()
     equal("48: a child in the background does not hold the answer", b"begun\n", talk(peer, b"!sleep 31338 & echo begun\n"))
@@ -860,10 +861,10 @@ def item48(peer):
     talk(peer, b"!sleep 31339\n", close=True)
     gone("48: a host that hangs up ends its command", b"sleep 31339")
     with peer.connect() as s:       # nobody reads: the command waits, not our memory
-        s.sendall(b"!yes | head -c 50000000\n")
+        s.sendall(b"!yes | head -c 10000000\n")
         time.sleep(0.3)
         equal("48: another command while nobody reads the first one's output", b"second\n", talk(peer, b"!echo second\n"))
-        equal("48: output that is read late is whole", 50000000, len(peer.read_all(s)))
+        equal("48: output that is read late is whole", 10000000, len(peer.read_all(s)))
     open_ones = []
     for _ in range(4):
         s = peer.connect()
