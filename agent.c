@@ -3846,11 +3846,15 @@ static void listener_on_event(struct watch *w, uint32_t events)
     }
 }
 
+static void listener_start(struct listener *l)
+{
+    if (l->watch.fd >= 0 && loop_want(l->all->loop, &l->watch, EPOLLIN) < 0)
+        loop_after(l->all->loop, &l->watch, 100);
+}
+
 static void listener_on_deadline(struct watch *w)
 {
-    struct listener *l = CONTAINER(w, struct listener, watch);
-    if (loop_want(l->all->loop, w, EPOLLIN) < 0)
-        loop_after(l->all->loop, w, 100);
+    listener_start(CONTAINER(w, struct listener, watch));
 }
 
 static int listener_bind(struct listener *l)
@@ -3874,12 +3878,13 @@ static int listener_bind(struct listener *l)
     return fd;
 }
 
-/* l->address, all, on_accept, arg are set by the caller. 0, or -1 and errno. */
+/* l->address, all, on_accept, arg are set by the caller. Whoever connects waits until
+ * listener_start. 0, or -1 and errno. */
 static int listener_open(struct listener *l)
 {
     l->watch = (struct watch){ .fd = listener_bind(l), .on_event = listener_on_event,
                                .on_deadline = listener_on_deadline };
-    return l->watch.fd < 0 ? -1 : loop_want(l->all->loop, &l->watch, EPOLLIN);
+    return l->watch.fd < 0 ? -1 : 0;
 }
 
 /* ==== exchange: one request and its response in flight ===========================
@@ -5486,7 +5491,6 @@ struct aleph_server {
     struct buf        undo_text, undo_trace;    /* the answer, while the undoing runs */
     struct aleph     *halting;          /* list: who gets STOP and STOPZ */
     unsigned          commands;
-    void            (*on_configure)(struct aleph_server *);     /* before anything is applied */
     void            (*on_halt)(struct aleph_server *);
     void             *owner;
 };
@@ -5703,7 +5707,6 @@ static void setup_start(struct aleph *a)
     struct aleph_server *s = a->server;
     struct buf why = { 0 };
 
-    s->on_configure(s);
     s->configurer = a;
     s->setup_ms = now_ms();
     a->state = ALEPH_WAITING;
@@ -8235,6 +8238,7 @@ static int forward_main(int argc, char **argv)
     f.listener.arg = &f;
     if (loop_init(&loop) < 0 || listener_open(&f.listener) < 0)
         die("%s: %s", argv[1], strerror(errno));
+    listener_start(&f.listener);
     loop_run(&loop);
     return EXIT_OK;
 }
@@ -8519,7 +8523,7 @@ static void agent_boot_early(struct agent *a)
     boot_protect();
 }
 
-/* What a program expects, before a configuration is answered. */
+/* What a program expects. Whoever connects before is in the listeners' queues. */
 static void agent_boot_late(struct agent *a)
 {
     struct boot *b = &a->boot;
@@ -8528,9 +8532,13 @@ static void agent_boot_late(struct agent *a)
         return;
     a->booted = true;
     loop_never(&a->loop, &a->late_timer);
-    if (!agent_is_sandboxed(a) && boot_mount_early()) {     /* its folder could not be made before */
-        boot_console("/dev/console");
-        boot_protect();
+    if (!agent_is_sandboxed(a)) {
+        boot_overlay(b);
+        boot_stage(b, "overlay");
+        if (boot_mount_early()) {   /* a folder for it could not be made before */
+            boot_console("/dev/console");
+            boot_protect();
+        }
     }
     for (size_t i = 0; i < COUNT(boot_mounts_late); i++)
         boot_mount(&boot_mounts_late[i]);
@@ -8542,6 +8550,9 @@ static void agent_boot_late(struct agent *a)
     boot_stage(b, "loopback");
     program_prewarm(&a->program);
     boot_stage(b, "prewarm");
+    listener_start(&a->aleph.listener);
+    if (a->http.listener.address.text)
+        listener_start(&a->http.listener);
 }
 
 static void agent_on_late(struct watch *timer)
@@ -8562,12 +8573,6 @@ static void agent_on_ready_said(struct agent *a)
     boot_print(&a->boot);
 }
 
-/* A host may be quicker than the rest of boot. */
-static void agent_on_configure(struct aleph_server *s)
-{
-    agent_boot_late(s->owner);
-}
-
 static void agent_listen(struct agent *a)
 {
     struct address *wire = &a->aleph.listener.address, *http = &a->http.listener.address;
@@ -8577,7 +8582,6 @@ static void agent_listen(struct agent *a)
     a->aleph.children = &a->children;
     a->aleph.program = a->http.program = &a->program;
     a->aleph.owner = a;
-    a->aleph.on_configure = agent_on_configure;
     a->aleph.on_halt = agent_on_aleph_halt;
     a->program.on_stopped = halt_on_stopped;
     if (agent_is_sandboxed(a)) {
@@ -8669,11 +8673,6 @@ static int init_main(int argc, char **argv, bool is_machine)
     agent_listen(&a);
     boot_stage(&a.boot, "listen");
     ready_try(&a.ready_timer);
-    /* While the host answers our connect(); nobody is served before the loop runs. */
-    if (!agent_is_sandboxed(&a)) {
-        boot_overlay(&a.boot);
-        boot_stage(&a.boot, "overlay");
-    }
     loop_after(&a.loop, &a.late_timer, READY_PATIENCE_MS);
     loop_run(&a.loop);
     halt_now(&a);

@@ -1651,6 +1651,7 @@ static void test_accept_full(void)
         struct listener l = { .all = &b.conns, .on_accept = accept_count, .arg = &accepted };
         bench_init(&b);
         check(address_parse(&l.address, text) && listener_open(&l) == 0, "listen");
+        listener_start(&l);
         int fd = socket(AF_UNIX, SOCK_STREAM, 0);
         check(connect(fd, (void *)&l.address.sa, l.address.sa_len) == 0, "connect");
         accepted = accepts = 0;
@@ -1688,6 +1689,7 @@ static void test_accept_interrupted(void)
         struct listener l = { .all = &b.conns, .on_accept = accept_count, .arg = &accepted };
         bench_init(&b);
         check(address_parse(&l.address, text) && listener_open(&l) == 0, "listen");
+        listener_start(&l);
         int fd = socket(AF_UNIX, SOCK_STREAM, 0);
         check(connect(fd, (void *)&l.address.sa, l.address.sa_len) == 0, "connect");
         accepted = 0;
