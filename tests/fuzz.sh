@@ -3,7 +3,7 @@
 # seeds; `./build.sh fuzz NAME SECONDS` runs one for longer.
 . "$(dirname "$0")/lib.sh"
 
-SECONDS_EACH=${FUZZ_SECONDS:-10}
+SECONDS_EACH=${FUZZ_SECONDS:-5}
 
 # What a target says when it fails: its demand, the sanitizer's report, and the input.
 fuzz_report() {

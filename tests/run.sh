@@ -14,8 +14,8 @@ trap 'exit 130' INT TERM
 
 # Not a test, or with a home of their own above.
 is_test() { [[ $1 != lib && $1 != run ]]; }
-is_for_guests() { grep -qE '^[^#]*\b(boot|start_guest)\b' "tests/$1.sh"; }
-is_for_namespaces() { grep -qE '^[^#]*\bns_start\b' "tests/$1.sh"; }
+is_for_guests() { grep -qsE '^[^#]*\b(boot|start_guest)\b' "tests/$1.sh"; }
+is_for_namespaces() { grep -qsE '^[^#]*\bns_start\b' "tests/$1.sh"; }
 # The head of a script says whether it disturbs others, or minds being disturbed.
 runs_alone() { sed '/^[^#]/q' "tests/$1.sh" 2>/dev/null | grep -q 'Runs alone'; }
 
@@ -44,15 +44,22 @@ run_script() {
     fi
 }
 
-# A failed guest is a failure of every script that needs one, and is said once, loudly.
-guests_work() {
+# The image that the guests boot, made beside the scripts that need none. A failed guest is a
+# failure of every script that needs one, and is said once, loudly.
+make_guests() {
     if (guest_image debian-12-test) >"$LOGS/guests.log" 2>&1; then
-        return 0
+        echo yes >"$LOGS/guests"
+        return
     fi
     cat "$LOGS/guests.log"
     echo '!!!! NO GUEST CAN BE BOOTED HERE: every test that needs one counts as failed !!!!'
     echo 'FAIL guests: cannot be booted' >>"$LOGS/guests.log"
-    return 1
+    echo no >"$LOGS/guests"
+}
+
+guests_work() {
+    until [ -s "$LOGS/guests" ]; do sleep 0.5; done
+    [ "$(cat "$LOGS/guests")" = yes ]
 }
 
 JOBS=3                              # they wait as much as they work
@@ -83,7 +90,7 @@ run_one() {
     local name=$1
     if [ "$name" = unit ]; then
         run_script unit out/debug/unit
-    elif is_for_guests "$name" && [ -z "$GUESTS" ]; then
+    elif is_for_guests "$name" && ! guests_work; then
         echo "FAIL $name: no guest can be booted" >"$LOGS/$name.log"
     else
         run_script "$name" bash "tests/$name.sh"
@@ -107,17 +114,16 @@ main() {
         name=${name##*/}
         names+=("${name%.sh}")
     done
-    local chosen=()
+    local chosen=() guests=()
     for name in "${names[@]}"; do
-        ! is_test "$name" || chosen+=("$name")
-    done
-    GUESTS=yes
-    for name in "${chosen[@]}"; do
-        if [ "$name" != unit ] && is_for_guests "$name"; then
-            guests_work || GUESTS=''
-            break
+        if [ "$name" = unit ] || is_test "$name" && ! is_for_guests "$name"; then
+            chosen+=("$name")
+        elif is_test "$name"; then
+            guests+=("$name")
         fi
     done
+    [ ${#guests[@]} = 0 ] || make_guests &
+    chosen+=("${guests[@]}")
     run_all "${chosen[@]}"
     summary
 }
