@@ -45,21 +45,25 @@ mounted() {
     done
 }
 
-is_halted_by() {
-    "$PYTHON" -B - "$TESTS" "$SOCK" "$1" <<'END'
+# peer CODE: as the host, without the agent's own code. `peer` is the guest.
+peer() {
+    "$PYTHON" -B -c '
 import sys
 sys.path.insert(0, sys.argv[1])
-from peer import Peer
-answer = Peer(sys.argv[2]).raw(sys.argv[3].encode())
-sys.exit(answer != b"STOP\nSTOPZ\n" and repr(answer))
-END
+from peer import Peer, zipped
+peer = Peer(sys.argv[2])
+exec(sys.argv[3])' "$TESTS" "$SOCK" "$1"
+}
+
+is_halted_by_peer() {
+    peer 'assert peer.raw(b"halt") == b"STOP\nSTOPZ\n"'
     wait_for 5 is_gone "$GUEST_QEMU_PID"
 }
 
 halts() {
     local start took
     start=$(ms)
-    check "boot: halt $1 answers STOP, STOPZ" is_halted_by halt
+    check "boot: halt $1 answers STOP, STOPZ" is_halted_by_peer
     took=$(($(ms) - start))
     check_at_most "boot: halt $1 ends the machine within 5 s, in ms" 5000 "$took"
 }
@@ -80,6 +84,10 @@ check 'boot: /run' mounted tmpfs /run nosuid nodev
 check 'boot: cgroup2' mounted cgroup2 /sys/fs/cgroup
 check_eq 'boot: programs have a cgroup with limits' 'cpu memory pids' \
     "$(shell 'cat /sys/fs/cgroup/program/cgroup.controllers' | tr ' ' '\n' | grep -xE 'cpu|memory|pids' | sort | xargs)"
+check_eq 'boot: to processes, three quarters of what the kernel has' same \
+    "$(shell 'cd /sys/fs/cgroup/program; [ $(cat pids.max) = $(($(cat /proc/sys/kernel/threads-max) * 75 / 100)) ] && echo same')"
+check_eq 'boot: and to memory, most of it' yes \
+    "$(shell 'set -- $(grep MemTotal /proc/meminfo) $(cat /sys/fs/cgroup/program/memory.max); [ $(($4 / 1024)) -lt $(($2 * 98 / 100)) -a $(($4 / 1024)) -gt $(($2 * 8 / 10)) ] && echo yes')"
 check_eq 'boot: /rom cannot be written' 2 "$(shell 'touch /rom/x; echo $?' | tail -n 1 | sed s/1/2/)"
 check_eq 'boot: / can be written' yes "$(shell 'echo yes >/etc/x && cat /etc/x')"
 LOOPBACK='import socket as s; l = s.create_server(("127.0.0.1", 0)); s.create_connection(l.getsockname()); print("up")'
@@ -110,6 +118,11 @@ for port in 52 80; do
     check_at_most "boot: VmRSS after it, in KiB, was $before" $((before + 256)) "$(pid1_kib VmRSS)"
 done
 guest_ok 'boot: well afterwards'
+refused 'boot: os._exit(3) in a request: the error names it' 1 'exited with exit code 3' request /exit/3
+check_match 'boot: the next request is answered by a new process' '"lifespans": 1' "$(request /state)"
+check_match 'boot: os._exit(3) in a request on port 80' '^HTTP/1.1 502 .*' "$(http /exit/3 -i)"
+check_match 'boot: and the next there' '"lifespans": 1' "$(http /state)"
+guest_ok 'boot: well after both'
 halts 'with a program'
 assert_console_has 'boot: lifespan shutdown at halt' 'lifespan shutdown'
 
@@ -125,7 +138,15 @@ boot agent.log=debug agent.limit.overlay_percent=5 agent.limit.no_such=1 agent.n
 note_ready
 assert_console_has 'boot: an unknown limit is named' 'agent.limit.no_such=1: '
 assert_console_has 'boot: an unknown option is named' 'agent.nonsense: no such option'
-check 'boot: configures' configure "$APPS/echo" main:app
+check 'boot: the independent peer configures' peer '
+code = zipped({"main.py": open("'"$APPS/echo/main.py"'").read()})
+assert peer.configure(code, "main:app", variables={"GREETING": "grüezi"}) == {"success": True}'
+check 'boot: its request is answered' peer '
+reply = peer.request("/env")
+assert set(reply) == {"headers", "body", "output", "output_data"}, reply
+assert reply["headers"]["status"] == 200 and "gr\\u00fcezi" in reply["body"]["body"].decode(), reply'
+check 'boot: its event is answered' peer 'reply = peer.event("hello"); assert reply["body"]["event"] == "hello", reply'
+check_match 'boot: an event by agent call' '"event": ?"\{' "$(event '{"a": 1}')"
 baseline
 check_match 'boot: a full overlay is an error of whoever fills it' 'No space left' \
     "$(shell 'head -c 200000000 /dev/zero >/full; ls -l /full')"
