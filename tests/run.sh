@@ -22,6 +22,7 @@ runs_alone() { sed '/^[^#]/q' "tests/$1.sh" 2>/dev/null | grep -q 'Runs alone'; 
 seconds_for() {
     case $1 in
     build) echo 900 ;;
+    fuzz) echo 600 ;;               # it compiles the agent once for each target
     *) echo 300 ;;
     esac
 }
