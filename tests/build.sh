@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The release binary itself, and that building it is repeatable, offline and picky: needs
-# out/agent, made by ./build.sh. Takes some minutes: it builds all libraries twice more.
+# out/agent, made by ./build.sh. Takes some minutes: the Dockerfile builds all libraries anew.
 cd "$(dirname "$0")/.." || exit 1
 . ./build.sh
 set +e
@@ -47,11 +47,10 @@ copy_tree() {
     mkdir -p "$1" && cp -r agent.c agent.h build.sh shims vendor "$1" && rm -rf "$1/vendor/src"
 }
 
-# In a folder with a space in its name, a long way off, with no network at all.
-builds_the_same() {
-    copy_tree "$tmp/another folder/agent" && cd "$tmp/another folder/agent" &&
-        unshare --net ./build.sh || return 1
-    [[ $(sha out/agent) == "$(sha "$BUILD_ROOT/out/agent")" ]] || { echo "differs"; return 1; }
+# In a folder with a space in its name, with no network at all.
+fetches_offline() {
+    copy_tree "$tmp/another folder/agent" && cd "$tmp/another folder/agent" || return 1
+    unshare --net bash -c '. ./build.sh; mkdir -p out; fetch_all; ls vendor/src/*/*' >/dev/null
 }
 
 # fetches LOCK_LINE: fetch_library in a folder whose lock holds that line alone.
@@ -133,6 +132,6 @@ check 'out/agent-all: at most 640 KiB with every library whole' fits out/agent-a
 check 'build.sh: a word it does not know' says './build.sh debug' ./build.sh nonsense
 check 'build.sh: names the missing packages to who may not install them' names_missing_packages
 fetch_checks
-check 'a build in another folder, offline, has the same bytes' builds_the_same
-check 'the Dockerfile builds the same bytes' dockerfile_builds_the_same
+check 'what was fetched once is found again without a network' fetches_offline
+check 'a build in another folder, by the Dockerfile, has the same bytes' dockerfile_builds_the_same
 exit $failed
