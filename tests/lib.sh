@@ -354,18 +354,31 @@ standing_rule() {
 
 # Every answer must be right; the fastest of some counts, as the machine has other work too.
 good_in_time() {
-    local limit=500 best=999999 try start took
+    local limit=500 best=999999 try
     [ -z "$NS_PID" ] || is_sanitized || limit=100
-    for try in {1..10}; do
-        start=$(ms)
-        "${GOOD[@]}" >"$T/good.now" || { echo "the next good request fails: $(cat "$T/good.now")"; return 1; }
-        took=$(($(ms) - start))
-        cmp -s "$T/good" "$T/good.now" || { echo "the next good request differs: $(head -c 500 "$T/good.now")"; return 1; }
-        [ "$took" -ge "$best" ] || best=$took
+    for try in {1..30}; do
+        good_once || return 1
+        [ "$TOOK" -ge "$best" ] || best=$TOOK
         [ "$best" -gt "$limit" ] || return 0
+        sleep 0.1
     done
     echo "the next good request takes $best ms"
     return 1
+}
+
+# Sets TOOK, in ms. Of curl it is the request alone: on a busy machine most of the time goes
+# by before curl has loaded its libraries.
+good_once() {
+    local start
+    start=$(ms)
+    if [ "${GOOD[0]}" = http ]; then
+        "${GOOD[@]}" -w '%{stderr}%{time_total}' >"$T/good.now" 2>"$T/good.err" || { echo "the next good request fails: $(cat "$T/good.err")"; return 1; }
+        TOOK=$(awk '{ print int($1 * 1000) }' "$T/good.err")
+    else
+        "${GOOD[@]}" >"$T/good.now" || { echo "the next good request fails: $(cat "$T/good.now")"; return 1; }
+        TOOK=$(($(ms) - start))
+    fi
+    cmp -s "$T/good" "$T/good.now" || { echo "the next good request differs: $(head -c 500 "$T/good.now")"; return 1; }
 }
 
 memory_is_back() { [ "$(pid1_kib VmRSS)" -le $((BASELINE_KIB + 256)) ]; }
