@@ -18,7 +18,7 @@
  *     whoever caused it and once in the log.
  *
  * Sections, each using only those above it (grep '^/\* ====' agent.c):
- *   log sys buf loop text mp conf boot net vol child conn exchange worker program
+ *   log sys buf loop text mp conf boot net vol child conn exchange worker program job setup
  *   aleph http call forward init main
  */
 #define _GNU_SOURCE
@@ -1267,6 +1267,7 @@ struct conf {
     enum interface      interface;
     enum encoding       encoding;
     char                hostname[HOSTNAME_MAX + 1];     /* "" = leave it alone */
+    char                old_hostname[HOSTNAME_MAX + 2]; /* set by setup_start */
 };
 
 #define CONF_LIST_MAX   64          /* name servers, keys and volumes that one list may hold */
@@ -1590,6 +1591,12 @@ static int conf_read_msgpack(struct conf *c, struct buf *why)
     if (unknown > CONF_LIST_MAX)
         log_info("configuration: %" PRIu64 " unknown keys in all", unknown);
     return conf_check(c, why);
+}
+
+/* Where the code is put, and the program's current folder. */
+static const char *conf_code_folder(const struct conf *c)
+{
+    return c->interface == INTERFACE_ASGI ? PATH_CODE_ASGI : PATH_CODE;
 }
 
 /* What a program needs to be started again and again: all but the bulk. 0, or -1: no memory. */
@@ -5462,6 +5469,199 @@ static int job_start(struct job *j, struct loop *loop, struct children *children
     return 0;
 }
 
+/* ==== setup: a configuration becomes a running program ==========================
+ * The steps run in one child, as each can block on a device or works on hostile data, in
+ * the order in which a later one may build on an earlier one. The first that fails ends it:
+ * the steps before are taken back, so that another configuration may follow. */
+struct setup_step {
+    const char *name;
+    int       (*apply)(const struct conf *, struct buf *why);   /* leaves nothing when it fails */
+    void      (*revert)(const struct conf *);
+};
+
+static int setup_set_hostname(const struct conf *c, struct buf *why)
+{
+    (void)why;
+    if (c->hostname[0] && sethostname(c->hostname, strlen(c->hostname)) < 0)
+        log_errno("hostname");      /* a program can do without */
+    return 0;
+}
+
+static void setup_reset_hostname(const struct conf *c)
+{
+    if (c->hostname[0])
+        sethostname(c->old_hostname, strlen(c->old_hostname));
+}
+
+static int setup_unpack_data(const struct conf *c, struct buf *why)
+{
+    return c->input_data.n > 0 ? zip_extract(c->input_data, PATH_DATA, why) : 0;
+}
+
+static void setup_remove_data(const struct conf *c)
+{
+    if (c->input_data.n > 0)
+        zip_remove(c->input_data, PATH_DATA);
+}
+
+static int setup_unpack_code(const struct conf *c, struct buf *why)
+{
+    return c->encoding == ENCODING_ZIP ? zip_extract(c->code, conf_code_folder(c), why) : 0;
+}
+
+static void setup_remove_code(const struct conf *c)
+{
+    if (c->encoding == ENCODING_ZIP)
+        zip_remove(c->code, conf_code_folder(c));
+}
+
+static const struct setup_step setup_steps[] = {
+    { "hostname",   setup_set_hostname, setup_reset_hostname },
+    { "network",    net_apply,          net_undo },
+    { "input data", setup_unpack_data,  setup_remove_data },
+    { "code",       setup_unpack_code,  setup_remove_code },
+};
+
+/* What the child tells while it works, in memory that both share. */
+struct setup_progress {
+    size_t  done;                   /* steps, from the first */
+    int64_t us[COUNT(setup_steps)]; /* each one's time */
+};
+
+struct setup {
+    struct loop     *loop;
+    struct children *children;
+    struct program  *program;
+    struct conf      conf;          /* being applied; once done, only what halt must take back */
+    struct job       job;
+    int64_t          started_ms;
+    enum { SETUP_NONE, SETUP_APPLYING, SETUP_STARTING, SETUP_REVERTING, SETUP_DONE } state;
+    struct setup_progress *progress;
+    struct buf       text, trace;   /* the answer, while the steps are taken back */
+    void           (*on_done)(struct setup *, bool ok, struct span text, struct span traceback);
+    void            *owner;
+};
+
+static int setup_apply(void *arg, struct buf *why)
+{
+    struct setup *s = arg;
+
+    for (size_t i = 0; i < COUNT(setup_steps); i++) {
+        int64_t start_us = kernel_us();
+        if (setup_steps[i].apply(&s->conf, why) < 0)
+            return -1;
+        s->progress->us[i] = kernel_us() - start_us;
+        s->progress->done = i + 1;
+    }
+    return 0;
+}
+
+static int setup_revert(void *arg, struct buf *why)
+{
+    struct setup *s = arg;
+    size_t done = s->progress->done;
+
+    (void)why;
+    for (size_t i = done < COUNT(setup_steps) ? done : COUNT(setup_steps); i-- > 0;)
+        setup_steps[i].revert(&s->conf);
+    return 0;
+}
+
+static void setup_finish(struct setup *s, bool ok, struct span text, struct span traceback)
+{
+    if (ok) {
+        log_info("setup: done in %" PRId64 " ms", now_ms() - s->started_ms);
+        for (size_t i = 0; i < COUNT(setup_steps); i++)
+            log_debug("setup: %9.1f ms  %s", (double)s->progress->us[i] / 1e3, setup_steps[i].name);
+        buf_fini(&s->conf.raw);         /* the bulk */
+        s->conf.code = s->conf.input_data = (struct span){ 0 };
+    } else {
+        log_info("setup: failed: %.*s", (int)(text.n < 400 ? text.n : 400), text.p);
+        conf_fini(&s->conf);
+    }
+    if (s->progress)
+        munmap(s->progress, sizeof *s->progress);
+    s->progress = NULL;
+    s->state = ok ? SETUP_DONE : SETUP_NONE;
+    s->on_done(s, ok, text, traceback);
+    if (!ok)
+        program_prewarm(s->program);
+}
+
+static void setup_on_reverted(struct job *j, bool ok, struct span report)
+{
+    struct setup *s = CONTAINER(j, struct setup, job);
+    struct buf text = s->text, trace = s->trace;
+
+    s->text = s->trace = (struct buf){ 0 };
+    if (!ok)
+        log_info("setup: taking it back: %.*s", (int)report.n, report.p);
+    setup_finish(s, false, buf_span(&text), buf_span(&trace));
+    buf_fini(&text);
+    buf_fini(&trace);
+}
+
+/* Takes the steps back that were done, then answers. */
+static void setup_fail(struct setup *s, struct span text, struct span traceback)
+{
+    s->state = SETUP_REVERTING;
+    s->job.run = setup_revert;
+    s->job.on_done = setup_on_reverted;
+    buf_add_span(&s->text, text);
+    buf_add_span(&s->trace, traceback);
+    if (job_start(&s->job, s->loop, s->children, "undo", limits.start_ms) < 0)
+        setup_on_reverted(&s->job, false, SPAN("no child can be started"));
+}
+
+static void setup_on_started(struct program *p, bool ok, struct span text, struct span traceback)
+{
+    struct setup *s = p->owner;
+
+    if (ok || p->state == PROGRAM_STOPPED)      /* when halting nothing of it outlives the machine */
+        setup_finish(s, ok, text, traceback);
+    else
+        setup_fail(s, text, traceback);
+}
+
+static void setup_on_applied(struct job *j, bool ok, struct span report)
+{
+    struct setup *s = CONTAINER(j, struct setup, job);
+    struct conf program = { 0 };
+
+    if (!ok) {
+        setup_fail(s, report, SPAN(""));
+    } else if (s->program->state != PROGRAM_NONE) {
+        setup_finish(s, false, SPAN("the machine is halting"), SPAN(""));
+    } else if (conf_copy_program(&program, &s->conf) < 0) {
+        setup_fail(s, SPAN("no memory for the configuration"), SPAN(""));
+    } else {
+        int64_t left = s->started_ms + limits.start_ms - now_ms();
+        s->state = SETUP_STARTING;
+        program_start(s->program, &program, left > 0 ? left : 0);
+    }
+}
+
+/* Takes the checked configuration; s->on_done, which the caller has set, follows once. */
+static void setup_start(struct setup *s, struct conf *conf)
+{
+    assert(s->state == SETUP_NONE);
+    s->conf = *conf;
+    *conf = (struct conf){ 0 };
+    s->started_ms = now_ms();
+    s->state = SETUP_APPLYING;
+    s->program->owner = s;
+    s->program->on_started = setup_on_started;
+    gethostname(s->conf.old_hostname, sizeof s->conf.old_hostname - 1);
+    s->job.run = setup_apply;
+    s->job.arg = s;
+    s->job.on_done = setup_on_applied;
+    s->progress = mmap(NULL, sizeof *s->progress, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (s->progress == MAP_FAILED)
+        s->progress = NULL;
+    if (!s->progress || job_start(&s->job, s->loop, s->children, "setup", limits.start_ms) < 0)
+        setup_finish(s, false, SPAN("no child can be started to apply the configuration"), SPAN(""));
+}
+
 /* ==== aleph: the supervisor's wire, vsock 52 =====================================
  * One instruction for each connection; its first byte says which: a digit begins a
  * configuration, '!' a command for the shell, 'h' halt, anything else must be a msgpack
@@ -5481,14 +5681,9 @@ struct aleph_server {
     struct conns     *conns;
     struct children  *children;
     struct program   *program;
+    struct setup     *setup;
     struct listener   listener;
     struct aleph     *configurer;       /* who gets the answer; NULL: it has hung up */
-    struct conf       conf;             /* being applied */
-    struct job        setup;
-    int64_t           setup_ms;         /* when it began */
-    enum { SETUP_NONE, SETUP_UNPACKING, SETUP_STARTING, SETUP_UNDOING, SETUP_DONE } setup_state;
-    char              old_hostname[HOSTNAME_MAX + 2];
-    struct buf        undo_text, undo_trace;    /* the answer, while the undoing runs */
     struct aleph     *halting;          /* list: who gets STOP and STOPZ */
     unsigned          commands;
     void            (*on_halt)(struct aleph_server *);
@@ -5595,139 +5790,16 @@ PRINTF(2, 3) static void aleph_refuse_conf(struct aleph *a, const char *format, 
     aleph_configured(a, false, span_of(text), SPAN(""));
 }
 
-/* ---- configuration: hostname, network, input data, code, program ---- */
+/* ---- configuration ---- */
 
-static void setup_finish(struct aleph_server *s, bool ok, struct span text, struct span traceback)
+static void aleph_on_setup(struct setup *setup, bool ok, struct span text, struct span traceback)
 {
-    if (ok) {
-        log_info("aleph: configured");
-    } else {
-        log_info("aleph: configuration failed: %.*s", (int)(text.n < 400 ? text.n : 400), text.p);
-        net_undo(&s->conf);
-        if (s->conf.hostname[0])
-            sethostname(s->old_hostname, strlen(s->old_hostname));
-    }
-    s->setup_state = ok ? SETUP_DONE : SETUP_NONE;
-    if (s->configurer)
-        aleph_configured(s->configurer, ok, text, traceback);
+    struct aleph_server *s = setup->owner;
+    struct aleph *a = s->configurer;
+
     s->configurer = NULL;
-    if (!ok) {
-        conf_fini(&s->conf);
-        program_prewarm(s->program);
-    }
-}
-
-static int setup_unpack(void *arg, struct buf *why)
-{
-    const struct conf *c = arg;
-
-    if (c->input_data.n > 0 && zip_extract(c->input_data, PATH_DATA, why) < 0)
-        return -1;
-    if (c->encoding == ENCODING_ZIP && zip_extract(c->code, PATH_CODE_ASGI, why) < 0) {
-        if (c->input_data.n > 0)
-            zip_remove(c->input_data, PATH_DATA);
-        return -1;
-    }
-    return 0;
-}
-
-static int setup_remove(void *arg, struct buf *why)
-{
-    const struct conf *c = arg;
-
-    (void)why;
-    if (c->encoding == ENCODING_ZIP)
-        zip_remove(c->code, PATH_CODE_ASGI);
-    if (c->input_data.n > 0)
-        zip_remove(c->input_data, PATH_DATA);
-    return 0;
-}
-
-static void setup_on_undone(struct job *j, bool ok, struct span report)
-{
-    struct aleph_server *s = CONTAINER(j, struct aleph_server, setup);
-
-    if (!ok)
-        log_info("aleph: undoing the configuration: %.*s", (int)report.n, report.p);
-    setup_finish(s, false, buf_span(&s->undo_text), buf_span(&s->undo_trace));
-    buf_fini(&s->undo_text);
-    buf_fini(&s->undo_trace);
-}
-
-/* Takes the files back that were unpacked before the step that failed, then answers. */
-static void setup_undo(struct aleph_server *s, struct span text, struct span traceback)
-{
-    s->setup_state = SETUP_UNDOING;
-    s->setup.run = setup_remove;
-    s->setup.on_done = setup_on_undone;
-    buf_add_span(&s->undo_text, text);
-    buf_add_span(&s->undo_trace, traceback);
-    if (job_start(&s->setup, s->loop, s->children, "undo", limits.start_ms) < 0)
-        setup_on_undone(&s->setup, false, SPAN("no child can be started"));
-}
-
-static void setup_on_started(struct program *p, bool ok, struct span text, struct span traceback)
-{
-    struct aleph_server *s = p->owner;
-
-    if (!ok && p->state == PROGRAM_STOPPED) {       /* nothing of it outlives the machine */
-        setup_finish(s, false, text, traceback);
-        return;
-    }
-    if (!ok) {
-        setup_undo(s, text, traceback);
-        return;
-    }
-    conf_fini(&s->conf);
-    setup_finish(s, true, text, traceback);
-}
-
-static void setup_on_unpacked(struct job *j, bool ok, struct span report)
-{
-    struct aleph_server *s = CONTAINER(j, struct aleph_server, setup);
-    struct conf program = { 0 };
-
-    if (!ok) {
-        setup_finish(s, false, report, SPAN(""));
-        return;
-    }
-    if (s->program->state != PROGRAM_NONE) {
-        setup_finish(s, false, SPAN("the machine is halting"), SPAN(""));
-    } else if (conf_copy_program(&program, &s->conf) < 0) {
-        setup_undo(s, SPAN("no memory for the configuration"), SPAN(""));
-    } else {
-        int64_t left = s->setup_ms + limits.start_ms - now_ms();
-        s->setup_state = SETUP_STARTING;
-        program_start(s->program, &program, left > 0 ? left : 0);
-    }
-}
-
-static void setup_start(struct aleph *a)
-{
-    struct aleph_server *s = a->server;
-    struct buf why = { 0 };
-
-    s->configurer = a;
-    s->setup_ms = now_ms();
-    a->state = ALEPH_WAITING;
-    a->conn.paused = true;
-    conn_never(&a->conn);
-    gethostname(s->old_hostname, sizeof s->old_hostname - 1);
-    if (s->conf.hostname[0] && sethostname(s->conf.hostname, strlen(s->conf.hostname)) < 0)
-        log_errno("hostname");
-    if (net_apply(&s->conf, &why) < 0) {
-        setup_finish(s, false, buf_span(&why), SPAN(""));
-        buf_fini(&why);
-        return;
-    }
-    s->setup_state = SETUP_UNPACKING;
-    s->setup.run = setup_unpack;
-    s->setup.arg = &s->conf;
-    s->setup.on_done = setup_on_unpacked;
-    if (s->conf.encoding == ENCODING_PLAIN && s->conf.input_data.n == 0)
-        setup_on_unpacked(&s->setup, true, SPAN(""));
-    else if (job_start(&s->setup, s->loop, s->children, "unpack", limits.start_ms) < 0)
-        setup_finish(s, false, SPAN("no child can be started to unpack the code"), SPAN(""));
+    if (a)
+        aleph_configured(a, ok, text, traceback);
 }
 
 /* Reads the decimal length. False: answered, or more is needed. */
@@ -5764,11 +5836,12 @@ static void aleph_on_conf(struct aleph *a)
 {
     struct aleph_server *s = a->server;
     struct conn *c = &a->conn;
+    struct conf conf = { 0 };
     struct buf why = { 0 };
     const char *wrong = "";
 
-    if (s->setup_state != SETUP_NONE) {
-        aleph_refuse_conf(a, s->setup_state == SETUP_DONE ? "this machine is configured already"
+    if (s->setup->state != SETUP_NONE) {
+        aleph_refuse_conf(a, s->setup->state == SETUP_DONE ? "this machine is configured already"
                           : "another configuration is being applied");
         return;
     }
@@ -5791,13 +5864,19 @@ static void aleph_on_conf(struct aleph *a)
         aleph_refuse_conf(a, "%zu bytes after its announced length", c->in.len - a->conf_bytes);
         return;
     }
-    s->conf.raw = c->in;
+    conf.raw = c->in;
     c->in = (struct buf){ 0 };
-    if (conf_read_msgpack(&s->conf, &why) < 0) {
-        conf_fini(&s->conf);
+    if (conf_read_msgpack(&conf, &why) < 0) {
+        conf_fini(&conf);
         aleph_refuse_conf(a, "%s", buf_text(&why));
     } else {
-        setup_start(a);
+        a->state = ALEPH_WAITING;
+        c->paused = true;
+        conn_never(c);
+        s->configurer = a;
+        s->setup->owner = s;
+        s->setup->on_done = aleph_on_setup;
+        setup_start(s->setup, &conf);
     }
     buf_fini(&why);
 }
@@ -6166,7 +6245,7 @@ static void aleph_on_map(struct aleph *a)
             aleph_refuse(a, "instruction: the connection ended within its map, after %zu bytes", c->in.len);
         break;
     case SCAN_DONE:
-        if (a->server->setup_state != SETUP_DONE && a->server->program->state == PROGRAM_NONE)
+        if (a->server->setup->state != SETUP_DONE && a->server->program->state == PROGRAM_NONE)
             aleph_refuse(a, "instruction: no program is configured yet");
         else
             aleph_run_map(a);
@@ -6491,8 +6570,6 @@ static void aleph_say_stopped(struct aleph_server *s)
 
 static int aleph_open(struct aleph_server *s)
 {
-    s->program->owner = s;
-    s->program->on_started = setup_on_started;
     s->listener.all = s->conns;
     s->listener.extra = 64;         /* clients of port 80 must not keep the host's halt out */
     s->listener.on_accept = aleph_on_accept;
@@ -8255,6 +8332,7 @@ struct agent {
     struct conns        conns;
     struct children     children;
     struct program      program;
+    struct setup        setup;
     struct aleph_server aleph;
     struct http_server  http;
     struct boot         boot;
@@ -8580,7 +8658,10 @@ static void agent_listen(struct agent *a)
     a->aleph.loop = a->http.loop = a->conns.loop = &a->loop;
     a->aleph.conns = a->http.conns = &a->conns;
     a->aleph.children = &a->children;
-    a->aleph.program = a->http.program = &a->program;
+    a->aleph.program = a->http.program = a->setup.program = &a->program;
+    a->aleph.setup = &a->setup;
+    a->setup.loop = &a->loop;
+    a->setup.children = &a->children;
     a->aleph.owner = a;
     a->aleph.on_halt = agent_on_aleph_halt;
     a->program.on_stopped = halt_on_stopped;

@@ -27,6 +27,7 @@
 #define PATH_OLD_ROOT   "/rom"                  /* the read-only root below the overlay */
 #define PATH_STATE      "/run/agent"            /* ours alone, 0755: the shim that Python runs */
 #define PATH_CODE_ASGI  "/opt"                  /* where asgi code is unpacked */
+#define PATH_CODE       "/opt/code"             /* where executables' code is unpacked or mounted */
 #define PATH_PACKAGES   "/opt/packages"         /* second on sys.path */
 #define PATH_DATA       "/data"                 /* where input_data is unpacked */
 #define PATH_API_SOCKET "/tmp/socat-socket"     /* the guest API's address, as programs know it */

@@ -235,7 +235,8 @@ static void answer_instruction(struct fuzz f, bool event)
     struct conns conns = { .loop = &l };
     struct children children = { 0 };
     struct program p;
-    struct aleph_server server = { .loop = &l, .conns = &conns, .children = &children, .program = &p, .setup_state = SETUP_DONE };
+    struct setup setup = { .state = SETUP_DONE };
+    struct aleph_server server = { .loop = &l, .conns = &conns, .children = &children, .program = &p, .setup = &setup };
     struct worker *w = calloc(1, sizeof *w);
     struct buf bytes = { 0 };
     int ends[2];

@@ -39,6 +39,7 @@ struct bench {
     struct conns        conns;
     struct children     children;
     struct program      program;
+    struct setup        setup;
     struct aleph_server aleph;
     unsigned            halts;
     int                 fd;             /* the host's end */
@@ -58,8 +59,9 @@ static void bench_init(struct bench *b)
     b->conns.loop = &b->loop;
     program_init(&b->program, &b->loop, &b->children);
     b->program.state = PROGRAM_STARTING;
+    b->setup.state = SETUP_DONE;
     b->aleph = (struct aleph_server){ .loop = &b->loop, .conns = &b->conns, .children = &b->children,
-        .program = &b->program, .setup_state = SETUP_DONE, .on_halt = bench_on_halt, .owner = b };
+        .program = &b->program, .setup = &b->setup, .on_halt = bench_on_halt, .owner = b };
     b->aleph.listener.arg = &b->aleph;
     demand(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends) == 0, "a socket pair");
     b->fd = ends[0];

@@ -1088,6 +1088,7 @@ struct bench {
     struct conns        conns;
     struct children     children;
     struct program      program;
+    struct setup        setup;
     struct http_server  http;
     struct aleph_server aleph;
     unsigned            halts;
@@ -1108,8 +1109,9 @@ static void bench_init(struct bench *b)
     b->program.state = PROGRAM_STARTING;
     b->http = (struct http_server){ .loop = &b->loop, .conns = &b->conns, .program = &b->program };
     b->http.listener.arg = &b->http;
+    b->setup.state = SETUP_DONE;
     b->aleph = (struct aleph_server){ .loop = &b->loop, .conns = &b->conns, .children = &b->children,
-        .program = &b->program, .setup_state = SETUP_DONE, .on_halt = bench_on_halt, .owner = b };
+        .program = &b->program, .setup = &b->setup, .on_halt = bench_on_halt, .owner = b };
     b->aleph.listener.arg = &b->aleph;
     log_forget();
 }
