@@ -19,10 +19,10 @@ VSOCK_SHA256=fd36382419cc174f00d9b1691486b581e13e8c1168dc339b86b2a65180a29ce7
 
 # Debian builds the drivers of its cloud kernel as modules. The initramfs loads the first list
 # always, the second unless the kernel command line says guest.modules=root; the root image
-# holds both and the third.
+# holds both and the third. A name may be built in.
 MODULES_DISK='virtio_pci virtio_blk'
 MODULES_REST='vmw_vsock_virtio_transport overlay squashfs virtio_net'
-MODULES_EXTRA='vsock_loopback virtio_mmio'
+MODULES_EXTRA='vsock_loopback virtio_mmio ext4 btrfs xfs button evdev'
 
 GUEST_MEMORY=${GUEST_MEMORY:-1024M}
 GUEST_CPUS=${GUEST_CPUS:-1}
@@ -94,36 +94,39 @@ guest_fetch_kernel() {
     deb=$(echo "$to"/linux-image-*.deb)
     dpkg-deb --fsys-tarfile "$deb" | tar -x -C "$to/tree" ./boot ./lib
     mv "$to"/tree/boot/vmlinuz-* "$to/vmlinuz"
-    guest_pick_modules "$to" "${name#linux-image-}"
+    busybox depmod -b "$to/tree" "${name#linux-image-}"
+    guest_pick_modules "$to/tree" "$to" $MODULES_DISK $MODULES_REST $MODULES_EXTRA
     rm -r "$to/tree" "$state" "$deb"
 }
 
-# Keeps the modules that guests need, as lib/modules/VERSION with its modules.dep.
+# guest_pick_modules FROM TO NAME…: the named modules and all that they need, from one
+# lib/modules/VERSION to another, with a modules.dep of its own.
 guest_pick_modules() {
-    local to=$1 version=$2 from=$1/tree/lib/modules/$2 kept=$1/lib/modules/$2 path
-    busybox depmod -b "$to/tree" "$version"
-    mkdir -p "$kept"
-    guest_module_closure "$from/modules.dep" $MODULES_DISK $MODULES_REST $MODULES_EXTRA |
-        while read -r path; do
-            install -D -m 644 "$from/$path" "$kept/$path"
-        done
+    local from to=$2 version path
+    from=$(echo "$1"/lib/modules/*)
+    version=${from##*/}
+    shift 2
+    guest_module_closure "$from" "$@" | while read -r path; do
+        install -D -m 644 "$from/$path" "$to/lib/modules/$version/$path"
+    done
+    cp "$from/modules.builtin" "$to/lib/modules/$version/"
     busybox depmod -b "$to" "$version"
 }
 
-# Paths of the named modules and of all that they need.
 guest_module_closure() {
-    local dep=$1
+    local from=$1
     shift
     awk -v wanted="$*" '
         BEGIN { for (n = split(wanted, names, " "); n > 0; n--) lacking[names[n]] = 1 }
         {
             name = $1
-            gsub(/.*\/|\.ko:$/, "", name)
+            gsub(/.*\/|\.ko:?$/, "", name)
             gsub(/-/, "_", name)
             if (!(name in lacking))
                 next
             delete lacking[name]
-            sub(/:/, "")
+            if (!sub(/:/, ""))
+                next                        # modules.builtin
             for (i = 1; i <= NF; i++)
                 paths[$i] = 1
         }
@@ -134,7 +137,7 @@ guest_module_closure() {
             }
             for (path in paths)
                 print path
-        }' "$dep"
+        }' "$from/modules.dep" "$from/modules.builtin"
 }
 
 guest_fetch_vsock() {
@@ -181,7 +184,7 @@ guest_make_initramfs() {
     rm -rf "$tree"
     mkdir -p "$tree"/{bin,dev,proc,root}
     cp "$(command -v busybox)" "$tree/bin/busybox"
-    cp -r "$kernel/lib" "$tree"
+    guest_pick_modules "$kernel" "$tree" $MODULES_DISK $MODULES_REST
     guest_initramfs_init >"$tree/init"
     chmod 755 "$tree/init"
     (cd "$tree" && find . | cpio -o -H newc --quiet -R 0:0) >"$to"
@@ -228,7 +231,8 @@ guest_need() {
     GUEST_KERNEL=$GUEST_CACHE/kernel-$(declare -f guest_fetch_kernel guest_pick_modules \
         guest_module_closure | guest_hash - <(echo "$MODULES_DISK,$MODULES_REST,$MODULES_EXTRA"))
     guest_once "$GUEST_KERNEL" guest_fetch_kernel
-    GUEST_INITRAMFS=$GUEST_KERNEL-$(guest_hash <(guest_initramfs_init) "$(command -v busybox)").cpio
+    GUEST_INITRAMFS=$GUEST_KERNEL-$(declare -f guest_make_initramfs |
+        guest_hash - <(guest_initramfs_init) "$(command -v busybox)").cpio
     guest_once "$GUEST_INITRAMFS" guest_make_initramfs "$GUEST_KERNEL"
     guest_once "$GUEST_CACHE/vsock-${VSOCK_SHA256:0:12}" guest_fetch_vsock
     GUEST_VSOCK=$GUEST_CACHE/vsock-${VSOCK_SHA256:0:12}/usr/bin/vhost-device-vsock
