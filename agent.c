@@ -5268,6 +5268,7 @@ static void program_ended(struct program *p, struct span text, struct span tail)
         if (now_ms() - p->served_ms > limits.backoff_max_ms)
             p->backoff_ms = limits.backoff_ms;
         p->state = PROGRAM_WAITING;
+        log_info("%s: starts again in %" PRId64 " ms", p->conf.entrypoint, p->backoff_ms);
         loop_after(p->loop, &p->timer, p->backoff_ms);
         p->backoff_ms = p->backoff_ms * 2 < limits.backoff_max_ms ? p->backoff_ms * 2 : limits.backoff_max_ms;
         break;
