@@ -25,7 +25,7 @@ unset TEST_UNDER_TIMEOUT
 
 . "$(dirname "${BASH_SOURCE[0]}")/../runtimes/guest.sh"
 
-need coreutils curl python3 python3-msgpack util-linux >&2
+need coreutils curl mount python3 python3-msgpack util-linux >&2
 
 PYTHON=/usr/bin/python3             # Debian's: it has the msgpack package
 TESTS=$GUEST_ROOT/tests
