@@ -1779,6 +1779,9 @@ static int module_load(struct span dep, const char *folder, const char *name)
     return -1;
 }
 
+/* Whether the kernel is ours; that of a sandbox is not. Set before the loop runs, then constant. */
+static bool boot_is_machine;
+
 /* Loads the named modules, in order; those that the kernel's folder lacks are built in or
  * not to be had, which whoever needs them will notice. */
 static void boot_modules(const char *const *names)
@@ -1787,6 +1790,8 @@ static void boot_modules(const char *const *names)
     struct utsname kernel;
     struct buf dep = { 0 };
 
+    if (!boot_is_machine)
+        return;
     uname(&kernel);
     snprintf(folder, sizeof folder, "/lib/modules/%.64s", kernel.release);
     snprintf(path, sizeof path, "%s/modules.dep", folder);
@@ -8737,6 +8742,7 @@ static int init_main(int argc, char **argv, bool is_machine)
     static struct agent a;          /* for the life of the machine */
 
     a.boot.start_us = kernel_us();
+    boot_is_machine = is_machine;
     if (!is_machine) {
         int wrong = init_options(&a.options, argc, argv);
         if (wrong || !a.options.ready)
