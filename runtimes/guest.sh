@@ -140,6 +140,25 @@ guest_module_closure() {
         }' "$from/modules.dep" "$from/modules.builtin"
 }
 
+# npm_packages NAME@VERSION…: prints a folder whose node_modules holds these packages and what
+# they need.
+npm_packages() {
+    local folder
+    folder=$GUEST_CACHE/npm-$(printf '%s\n' "$@" | guest_hash -)
+    [ -e "$folder" ] || command -v npm >/dev/null || need npm >&2
+    guest_once "$folder" guest_fetch_npm "$@" >&2
+    echo "$folder"
+}
+
+guest_fetch_npm() {
+    local to=$1
+    shift
+    say "fetching $*"
+    mkdir "$to"
+    npm install --prefix "$to" --ignore-scripts --no-package-lock --no-audit --no-fund \
+        --no-update-notifier --loglevel=error "$@"
+}
+
 guest_fetch_vsock() {
     local to=$1 mirror
     say 'fetching vhost-device-vsock'

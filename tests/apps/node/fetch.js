@@ -1,0 +1,1 @@
+exports.fetch = (request) => new Response('fetched ' + request.method);

@@ -1,0 +1,4 @@
+import { Hono } from 'hono';
+const app = new Hono();
+app.get('/ip', (c) => c.json({ query: c.req.query() }));
+export default app;

@@ -1,0 +1,2 @@
+const name = require('only-in-node-path');
+module.exports = (req, res) => res.end(name);

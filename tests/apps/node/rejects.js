@@ -1,0 +1,2 @@
+setTimeout(() => Promise.reject(new RangeError('nobody handles it')), 10);
+setInterval(() => {}, 1000);

@@ -1,0 +1,2 @@
+await Promise.reject(new RangeError('nobody handles it'));
+export default () => {};

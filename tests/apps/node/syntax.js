@@ -1,0 +1,2 @@
+module.exports = (req, res) => {
+    res.end('unclosed'

@@ -1,0 +1,3 @@
+'use strict';
+const inner = () => { throw new TypeError('on purpose\nsecond line'); };
+inner();
