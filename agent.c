@@ -18,7 +18,7 @@
  *     whoever caused it and once in the log.
  *
  * Sections, each using only those above it (grep '^/\* ====' agent.c):
- *   log sys buf loop text mp conf boot net vol child conn exchange worker program job setup
+ *   log sys buf loop text mp conf boot net zip vol child conn exchange worker program job setup
  *   aleph http call forward init main
  */
 #define _GNU_SOURCE
@@ -31,7 +31,9 @@
 #include <fnmatch.h>
 #include <inttypes.h>
 #include <limits.h>
+#include <linux/fs.h>
 #include <linux/netlink.h>
+#include <linux/openat2.h>
 #include <linux/rtnetlink.h>
 #include <linux/vm_sockets.h>
 #include <net/if.h>
@@ -1250,7 +1252,11 @@ enum interface { INTERFACE_ASGI, INTERFACE_EXECUTABLE };
 enum encoding { ENCODING_NONE, ENCODING_PLAIN, ENCODING_ZIP, ENCODING_SQUASHFS };
 
 struct conf_pair { char *name, *value; };
-struct conf_volume { char *mount, *device; bool read_only; };
+struct conf_volume {
+    char *mount, *device;           /* in its shortest form; a name below /dev */
+    bool  read_only;
+    bool  trusted;                  /* its setuid bits and device nodes count */
+};
 
 struct conf {
     struct buf          raw;                /* owned; code and input_data point into it */
@@ -1388,8 +1394,7 @@ static int conf_volume(struct mp_in *in, size_t at, struct conf_volume *v, struc
     while (pairs-- > 0) {
         if (!mp_read_bytes(in, MP_STR, &key))
             return conf_wrong(why, "%s: a key is not a string", field);
-        snprintf(field, sizeof field, "volumes[%zu].%.16s", at, span_eq(key, "mount") ? "mount"
-                 : span_eq(key, "device") ? "device" : "read_only");
+        snprintf(field, sizeof field, "volumes[%zu].%.*s", at, (int)(key.n < 16 ? key.n : 16), key.p);
         int rc = 0;
         if (span_eq(key, "mount") && !v->mount)
             rc = conf_str(in, field, &v->mount, why);
@@ -1397,6 +1402,8 @@ static int conf_volume(struct mp_in *in, size_t at, struct conf_volume *v, struc
             rc = conf_str(in, field, &v->device, why);
         else if (span_eq(key, "read_only"))
             rc = mp_read_bool(in, &v->read_only) ? 0 : conf_wrong(why, "%s: expected a bool", field);
+        else if (span_eq(key, "trusted"))
+            rc = mp_read_bool(in, &v->trusted) ? 0 : conf_wrong(why, "%s: expected a bool", field);
         else if (!mp_skip(in))
             rc = conf_wrong(why, "%s: malformed", field);
         if (rc < 0)
@@ -1521,6 +1528,117 @@ static int conf_check_entrypoint(const struct conf *c, struct buf *why)
     return 0;
 }
 
+/* What the guest itself stands on: the first kind with all that is below, the second alone. */
+static bool conf_place_is_system(const char *path)
+{
+    static const char *const trees[] = { "/proc", "/sys", "/dev", "/run", PATH_OLD_ROOT };
+    static const char *const folders[] = { "/", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/usr", "/usr/bin",
+                                           "/usr/sbin", "/usr/lib", "/usr/lib32", "/usr/lib64", "/etc" };
+
+    for (size_t i = 0; i < COUNT(trees); i++) {
+        size_t n = strlen(trees[i]);
+        if (strncmp(path, trees[i], n) == 0 && (path[n] == '\0' || path[n] == '/'))
+            return true;
+    }
+    for (size_t i = 0; i < COUNT(folders); i++)
+        if (strcmp(path, folders[i]) == 0)
+            return true;
+    return false;
+}
+
+/* Brings an absolute path into its shortest form, in place. False: it climbs with "..". */
+static bool conf_path_shorten(char *path)
+{
+    char *to = path;
+
+    for (const char *p = path; *p;) {
+        size_t n = strcspn(p, "/");
+        if (n == 2 && p[0] == '.' && p[1] == '.')
+            return false;
+        if (n > 0 && !(n == 1 && p[0] == '.')) {
+            *to++ = '/';
+            memmove(to, p, n);
+            to += n;
+        }
+        p += n + (p[n] == '/');
+    }
+    if (to == path)
+        *to++ = '/';
+    *to = '\0';
+    return true;
+}
+
+static int conf_check_volume(struct conf_volume *v, struct buf *why)
+{
+    static const char letters[] = "abcdefghijklmnopqrstuvwxyz0123456789";
+    size_t n = strlen(v->device);
+
+    if (n == 0 || n > VOLUME_DEVICE_MAX || v->device[strspn(v->device, letters)] != '\0')
+        return conf_wrong(why, "volumes: \"%.64s\" is no device name: 1 to %d of a-z and 0-9", v->device,
+                          VOLUME_DEVICE_MAX);
+    if (strlen(v->mount) > VOLUME_MOUNT_MAX)
+        return conf_wrong(why, "volumes: %s: mount has %zu bytes, at most %d", v->device, strlen(v->mount),
+                          VOLUME_MOUNT_MAX);
+    if (v->mount[0] != '/' || !conf_path_shorten(v->mount))
+        return conf_wrong(why, "volumes: %s: mount \"%.128s\" is no absolute path without \"..\"", v->device,
+                          v->mount);
+    if (conf_place_is_system(v->mount))
+        return conf_wrong(why, "volumes: %s: mount %.128s is a place of the system", v->device, v->mount);
+    return 0;
+}
+
+static size_t path_depth(const char *path)
+{
+    size_t depth = 0;
+    for (; *path; path++)
+        depth += *path == '/';
+    return depth;
+}
+
+/* A volume inside another is mounted after it. */
+static int conf_by_depth(const void *a, const void *b)
+{
+    const struct conf_volume *v = a, *w = b;
+    size_t m = path_depth(v->mount), n = path_depth(w->mount);
+
+    return m != n ? (m < n ? -1 : 1) : strcmp(v->mount, w->mount);
+}
+
+/* Code on a disk of its own is a volume like any other. */
+static int conf_add_code_volume(struct conf *c, struct buf *why)
+{
+    struct conf_volume *list = realloc(c->volumes, (c->volumes_len + 1) * sizeof *list);
+
+    if (!list)
+        return conf_wrong(why, "volumes: no memory");
+    c->volumes = list;
+    struct conf_volume *v = &list[c->volumes_len++];
+    *v = (struct conf_volume){ .mount = span_dup(SPAN(PATH_CODE)), .device = span_dup(SPAN(CODE_DEVICE)),
+                               .read_only = true };
+    return v->mount && v->device ? 0 : conf_wrong(why, "volumes: no memory");
+}
+
+static int conf_check_volumes(struct conf *c, struct buf *why)
+{
+    if (c->encoding == ENCODING_SQUASHFS && conf_add_code_volume(c, why) < 0)
+        return -1;
+    for (size_t i = 0; i < c->volumes_len; i++) {
+        struct conf_volume *v = &c->volumes[i];
+        if (conf_check_volume(v, why) < 0)
+            return -1;
+        for (const struct conf_volume *w = c->volumes; w < v; w++) {
+            if (strcmp(v->device, w->device) == 0)
+                return conf_wrong(why, "volumes: %s stands twice%s", v->device,
+                                  c->encoding == ENCODING_SQUASHFS ? "; " CODE_DEVICE " is the code's" : "");
+            if (strcmp(v->mount, w->mount) == 0)
+                return conf_wrong(why, "volumes: %s and %s are both for %.128s", w->device, v->device, v->mount);
+        }
+    }
+    if (c->volumes_len > 0)
+        qsort(c->volumes, c->volumes_len, sizeof *c->volumes, conf_by_depth);
+    return 0;
+}
+
 /* The one check that every configuration passes, wherever it was read from. */
 static int conf_check(struct conf *c, struct buf *why)
 {
@@ -1545,14 +1663,10 @@ static int conf_check(struct conf *c, struct buf *why)
         return conf_wrong(why, "code: missing");
     if (c->encoding == ENCODING_PLAIN && (!utf8_ok(c->code) || memchr(c->code.p, 0, c->code.n)))
         return conf_wrong(why, "code: not UTF-8 text");
-    if (conf_check_entrypoint(c, why) < 0 || conf_check_network(c, why) < 0)
+    if (conf_check_entrypoint(c, why) < 0 || conf_check_network(c, why) < 0 || conf_check_volumes(c, why) < 0)
         return -1;
     if (c->interface != INTERFACE_ASGI)
         return conf_wrong(why, "interface: executables are not served by agent " AGENT_VERSION);
-    if (c->encoding == ENCODING_SQUASHFS)
-        return conf_wrong(why, "encoding: squashfs is not served by agent " AGENT_VERSION);
-    if (c->volumes_len > 0)
-        return conf_wrong(why, "volumes: not served by agent " AGENT_VERSION);
     return 0;
 }
 
@@ -1593,10 +1707,10 @@ static int conf_read_msgpack(struct conf *c, struct buf *why)
     return conf_check(c, why);
 }
 
-/* Where the code is put, and the program's current folder. */
+/* Where the code is, and the program's current folder. */
 static const char *conf_code_folder(const struct conf *c)
 {
-    return c->interface == INTERFACE_ASGI ? PATH_CODE_ASGI : PATH_CODE;
+    return c->interface == INTERFACE_ASGI && c->encoding != ENCODING_SQUASHFS ? PATH_CODE_ASGI : PATH_CODE;
 }
 
 /* What a program needs to be started again and again: all but the bulk. 0, or -1: no memory. */
@@ -2203,7 +2317,7 @@ done:
     return rc;
 }
 
-/* ==== vol: archives, in and out ==================================================
+/* ==== zip: archives, in and out ==================================================
  * Reading takes two passes over an archive in memory: the first believes nothing, unpacks
  * to nowhere and writes nothing; the second writes. What a reader could understand in two
  * ways is refused, as whoever checked the archive before us may have read it the other way.
@@ -3123,6 +3237,338 @@ static int zip_pack(const char *folder, struct buf *out, struct buf *why)
         rc = zip_pack_wrong(&p, "the archive is larger than %" PRId64 " bytes, or memory is full",
                             limits.conf_bytes);
     return rc;
+}
+
+/* ==== vol: volumes: probe, mount, unmount ========================================
+ * A volume is a disk that the host has attached, with a file system that a tenant has made:
+ * its setuid bits and device nodes do not count, its type is read from its superblock, and
+ * where it goes is looked at again once every link on the way has been followed. What a
+ * broken file system does to its driver is the kernel's matter.
+ *
+ * All this runs in a child process: a disk may be slow, or never answer. */
+#define VOL_HEAD_BYTES  (68 << 10)      /* the farthest superblock, that of btrfs, is at 64 KiB */
+#define VOL_POLL_US     10000
+#define VOL_RELEASE_MS  2000            /* for the last that hold a volume, when it is taken back */
+
+static const struct vol_type {
+    const char *name;
+    size_t      at;
+    struct span magic;
+    bool        mountable, writable;
+    const char *options;            /* mount(2)'s data: never a panic, whatever the superblock says */
+} vol_types[] = {
+    { "squashfs", 0,       { "hsqs", 4 },             true,  false, NULL },
+    { "ext4",     0x438,   { "\x53\xef", 2 },         true,  true,  "errors=remount-ro" },  /* ext2 and ext3 too */
+    { "btrfs",    0x10040, { "_BHRfS_M", 8 },         true,  true,  NULL },
+    { "xfs",      0,       { "XFSB", 4 },             true,  true,  NULL },
+    { "swap",     4086,    { "SWAPSPACE2", 10 },      false, false, NULL },
+    { "LUKS",     0,       { "LUKS\xba\xbe", 6 },     false, false, NULL },
+    { "ISO 9660", 0x8001,  { "CD001", 5 },            false, false, NULL },
+    { "EROFS",    0x400,   { "\xe2\xe1\xf5\xe0", 4 }, false, false, NULL },
+    { "F2FS",     0x400,   { "\x10\x20\xf5\xf2", 4 }, false, false, NULL },
+    { "NTFS",     3,       { "NTFS    ", 8 },         false, false, NULL },
+    { "FAT",      54,      { "FAT", 3 },              false, false, NULL },
+    { "FAT",      82,      { "FAT32", 5 },            false, false, NULL },
+    { "GPT",      512,     { "EFI PART", 8 },         false, false, NULL },
+    { "MBR",      510,     { "\x55\xaa", 2 },         false, false, NULL },
+};
+
+/* NULL: the first bytes of the disk say nothing that we know. */
+static const struct vol_type *vol_probe(struct span head)
+{
+    for (size_t i = 0; i < COUNT(vol_types); i++) {
+        const struct vol_type *t = &vol_types[i];
+        if (head.n >= t->at + t->magic.n && memcmp(head.p + t->at, t->magic.p, t->magic.n) == 0)
+            return t;
+    }
+    return NULL;
+}
+
+/* Names the volume and says what is wrong with it; returns -1 for the caller to return. */
+PRINTF(3, 4) static int vol_wrong(struct buf *why, const struct conf_volume *v, const char *format, ...)
+{
+    char text[512];
+    va_list ap;
+
+    va_start(ap, format);
+    vsnprintf(text, sizeof text, format, ap);
+    va_end(ap);
+    return conf_wrong(why, "volume %s on %.128s: %s", v->device, v->mount, text);
+}
+
+static void vol_path(char out[VOLUME_DEVICE_MAX + 6], const char *device)
+{
+    snprintf(out, VOLUME_DEVICE_MAX + 6, "/dev/%s", device);
+}
+
+/* Opens the disk, which a slow bus may still be finding, so that nobody else has it: as one
+ * that is mounted has (open(2), O_EXCL without O_CREAT). The descriptor, or -1 and why. */
+static int vol_open(const struct conf_volume *v, struct buf *why)
+{
+    int64_t end_ms = now_ms() + limits.device_ms;
+    char path[VOLUME_DEVICE_MAX + 6];
+    struct stat st;
+    int fd, locked = 0;
+
+    vol_path(path, v->device);
+    while (stat(path, &st) < 0 && now_ms() < end_ms)
+        usleep(VOL_POLL_US);
+    if (stat(path, &st) < 0)
+        return vol_wrong(why, v, "there is no disk %s", path);
+    if (!S_ISBLK(st.st_mode))
+        return vol_wrong(why, v, "%s is no disk", path);
+    fd = open(path, O_RDONLY | O_EXCL | O_CLOEXEC);
+    if (fd < 0 && errno == EBUSY)
+        return vol_wrong(why, v, "%s is in use already", path);
+    if (fd < 0)
+        return vol_wrong(why, v, "%s cannot be opened: %s", path, strerror(errno));
+    if (!v->read_only && ioctl(fd, BLKROGET, &locked) == 0 && locked) {
+        fd_close(&fd);
+        return vol_wrong(why, v, "%s is read-only, and the volume is to be written", path);
+    }
+    return fd;
+}
+
+/* The type of the disk's file system, one that can be mounted as wanted; NULL and why. */
+static const struct vol_type *vol_type(const struct conf_volume *v, int fd, struct buf *why)
+{
+    struct buf head = { 0 };
+    char *p = buf_room(&head, VOL_HEAD_BYTES);
+    ssize_t n = p ? pread(fd, p, VOL_HEAD_BYTES, 0) : -1;
+    const struct vol_type *t = NULL;
+
+    if (n < 0) {
+        vol_wrong(why, v, "cannot be read: %s", strerror(errno));
+    } else if (!(t = vol_probe((struct span){ p, (size_t)n }))) {
+        vol_wrong(why, v, "no file system is on it");
+    } else if (!t->mountable || (!v->read_only && !t->writable)) {
+        vol_wrong(why, v, "%s is on it, which cannot be %s", t->name, t->mountable ? "written" : "mounted");
+        t = NULL;
+    }
+    buf_fini(&head);
+    return t;
+}
+
+/* As if / were all there is, and through no link of /proc (openat2(2), Linux 5.6). */
+static int vol_open_folder(const char *path)
+{
+    struct open_how how = { .flags = O_PATH | O_DIRECTORY | O_CLOEXEC,
+                            .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS };
+    int fd, root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
+
+    if (root < 0)
+        return -1;
+    fd = (int)syscall(SYS_openat2, root, path, &how, sizeof how);
+    if (fd < 0 && errno == ENOSYS)
+        fd = open(path, (int)how.flags);
+    fd_close(&root);
+    return fd;
+}
+
+/* Where a descriptor leads, all links followed; an empty text if that cannot be told. */
+static void vol_resolve(char *out, size_t size, int fd)
+{
+    char link[32];
+
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t n = readlink(link, out, size - 1);
+    out[n > 0 ? n : 0] = '\0';
+}
+
+/* Opens the mount point, and makes it with the folders above it where they lack: each is
+ * looked at before something is made in it. The descriptor, or -1 and why. */
+static int vol_open_place(const struct conf_volume *v, struct buf *why)
+{
+    char part[VOLUME_MOUNT_MAX + 1], real[PATH_MAX], made[PATH_MAX + NAME_MAX + 2];
+    const char *base = v->mount;
+    int parent = -1, fd = vol_open_folder("/");
+
+    while (*base == '/' && fd >= 0) {
+        size_t n = strcspn(++base, "/");
+        fd_close(&parent);
+        parent = fd;
+        snprintf(part, sizeof part, "%.*s", (int)(base + n - v->mount), v->mount);
+        fd = vol_open_folder(part);
+        if (fd < 0 && errno == ENOENT) {
+            vol_resolve(real, sizeof real, parent);
+            snprintf(made, sizeof made, "%s/%.*s", real, (int)(n < NAME_MAX ? n : NAME_MAX), base);
+            if (conf_place_is_system(made))
+                break;
+            errno = n > NAME_MAX ? ENAMETOOLONG : ENOENT;
+            if (n <= NAME_MAX && mkdirat(parent, strrchr(made, '/') + 1, 0755) == 0)
+                fd = vol_open_folder(part);
+        }
+        base += n;
+    }
+    fd_close(&parent);
+    if (fd < 0)
+        return vol_wrong(why, v, "its mount point cannot be made: %s", strerror(errno));
+    vol_resolve(real, sizeof real, fd);
+    if (conf_place_is_system(real)) {
+        fd_close(&fd);
+        return vol_wrong(why, v, "its mount point is %.128s, a place of the system", real);
+    }
+    return fd;
+}
+
+/* What the kernel means by the error numbers of a mount that was well asked for. */
+static const char *vol_mount_error(int error)
+{
+    switch (error) {
+    case ENODEV:
+        return "this kernel has no such file system";
+    case EINVAL:
+    case EUCLEAN:
+    case EBADMSG:
+        return "damaged, or made with a feature that this kernel lacks";
+    case EROFS:
+        return "it was not unmounted cleanly, and the disk cannot be written to mend it";
+    default:
+        return strerror(error);
+    }
+}
+
+static int vol_mount_type(const struct conf_volume *v, const struct vol_type *type, int place)
+{
+    const char *const modules[] = { "crc32c_generic", type->name, NULL };      /* btrfs asks for the first by name */
+    unsigned long flags = (v->trusted ? 0 : MS_NOSUID | MS_NODEV) | (v->read_only ? MS_RDONLY : 0);
+    char path[VOLUME_DEVICE_MAX + 6], target[32];
+
+    vol_path(path, v->device);
+    snprintf(target, sizeof target, "/proc/self/fd/%d", place);
+    if (!kernel_has(type->name))
+        boot_modules(modules);
+    return mount(path, target, type->name, flags, type->options);
+}
+
+static int vol_mount_one(const struct conf_volume *v, struct buf *why)
+{
+    int fd = vol_open(v, why), rc = -1;
+    const struct vol_type *type = fd < 0 ? NULL : vol_type(v, fd, why);
+    int place = type ? vol_open_place(v, why) : -1;
+
+    fd_close(&fd);                  /* the mount wants the disk for itself */
+    if (place >= 0 && (rc = vol_mount_type(v, type, place)) < 0)
+        vol_wrong(why, v, "%s cannot be mounted: %s", type->name, vol_mount_error(errno));
+    fd_close(&place);
+    return rc;
+}
+
+/* proc(5) writes blanks and backslashes of a path as three octal digits. */
+static void vol_unescape(char *path)
+{
+    char *to = path;
+
+    for (const char *p = path; *p; p++)
+        if (p[0] == '\\' && strspn(p + 1, "01234567") >= 3) {
+            *to++ = (char)((p[1] - '0') << 6 | (p[2] - '0') << 3 | (p[3] - '0'));
+            p += 3;
+        } else {
+            *to++ = *p;
+        }
+    *to = '\0';
+}
+
+/* One of these volumes; of none in particular (NULL): anything that is not the system's. */
+static bool vol_is_meant(const struct conf_volume *list, size_t len, const char *source, const char *path)
+{
+    char device[VOLUME_DEVICE_MAX + 6];
+    bool meant = !list;
+
+    for (size_t i = 0; i < len && !meant; i++) {
+        vol_path(device, list[i].device);
+        meant = strcmp(source, device) == 0;
+    }
+    return meant && !conf_place_is_system(path);
+}
+
+/* Whether somebody still has the disk: a file system that is detached, and not closed yet. */
+static bool vol_is_held(const char *source)
+{
+    struct stat st;
+    int fd;
+
+    if (strncmp(source, "/dev/", 5) != 0 || stat(source, &st) < 0 || !S_ISBLK(st.st_mode))
+        return false;
+    fd = open(source, O_RDONLY | O_EXCL | O_CLOEXEC);
+    bool held = fd < 0 && errno == EBUSY;
+    fd_close(&fd);
+    return held;
+}
+
+/* Detaches the volumes, last first, with what is mounted on top of them, and waits until
+ * their file systems are closed: those that have a file of them open keep them so. list is
+ * NULL: everything that the system does not stand on. 0, or -1 and why. */
+static int vol_umount(const struct conf_volume *list, size_t len, int64_t end_ms, struct buf *why)
+{
+    struct buf text = { 0 };
+    char *lines[VOLUME_MOUNTS_MAX], *line, *rest;
+    size_t n = 0;
+    int rc = 0;
+
+    if (file_load("/proc/self/mounts", &text, 1 << 20) < 0)
+        return buf_fini(&text), conf_wrong(why, "/proc/self/mounts: %s", strerror(errno));
+    buf_text(&text);
+    for (line = strtok_r(text.data + text.start, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest)) {
+        char *source = line, *path = strchr(line, ' ');
+        if (!path)
+            continue;
+        *path++ = '\0';
+        path[strcspn(path, " ")] = '\0';
+        vol_unescape(path);
+        if (n < COUNT(lines) && vol_is_meant(list, len, source, path))
+            lines[n++] = source;
+    }
+    for (size_t i = n; i-- > 0;)
+        if (umount2(strchr(lines[i], '\0') + 1, MNT_DETACH | UMOUNT_NOFOLLOW) < 0 && errno != EINVAL)
+            rc = conf_wrong(why, "%s: %s. ", lines[i], strerror(errno));
+    for (size_t i = n; i-- > 0;) {
+        while (vol_is_held(lines[i]) && now_ms() < end_ms)
+            usleep(VOL_POLL_US);
+        if (vol_is_held(lines[i]))
+            rc = conf_wrong(why, "%s is still held. ", lines[i]);
+    }
+    buf_fini(&text);
+    return rc;
+}
+
+/* All of them, or none. */
+static int vol_mount(const struct conf *c, struct buf *why)
+{
+    struct buf ignored = { 0 };
+    size_t i = 0;
+
+    while (i < c->volumes_len && vol_mount_one(&c->volumes[i], why) == 0)
+        i++;
+    if (i == c->volumes_len)
+        return 0;
+    if (i > 0)
+        vol_umount(c->volumes, i, now_ms() + VOL_RELEASE_MS, &ignored);
+    buf_fini(&ignored);
+    return -1;
+}
+
+/* The mount points stay, as empty folders. */
+static void vol_revert(const struct conf *c)
+{
+    struct buf why = { 0 };
+
+    if (c->volumes_len > 0 && vol_umount(c->volumes, c->volumes_len, now_ms() + VOL_RELEASE_MS, &why) < 0)
+        log_info("volumes: %s", buf_text(&why));
+    buf_fini(&why);
+}
+
+/* For halt, when nothing runs any more: after end_ms what is still held is made read-only by
+ * force, so that its journal is written out (sysrq.rst). */
+static void vol_umount_all(int64_t end_ms)
+{
+    struct buf why = { 0 };
+
+    if (vol_umount(NULL, 0, end_ms, &why) < 0) {
+        log_info("halt: volumes: %s", buf_text(&why));
+        file_set("/proc/sysrq-trigger", "u");
+    }
+    buf_fini(&why);
 }
 
 /* ==== child: spawn, signal, reap, say how it ended ===============================
@@ -5067,7 +5513,7 @@ static void program_marshal(const struct conf *c, struct buf *out)
     else
         buf_add_byte(out, MARSHAL_NONE);
     marshal_key(out, "dir");
-    marshal_key(out, PATH_CODE_ASGI);
+    marshal_key(out, conf_code_folder(c));
     marshal_key(out, "path");
     marshal_list(out, 1);
     marshal_key(out, PATH_PACKAGES);
@@ -5523,6 +5969,7 @@ static void setup_remove_code(const struct conf *c)
 
 static const struct setup_step setup_steps[] = {
     { "hostname",   setup_set_hostname, setup_reset_hostname },
+    { "volumes",    vol_mount,          vol_revert },
     { "network",    net_apply,          net_undo },
     { "input data", setup_unpack_data,  setup_remove_data },
     { "code",       setup_unpack_code,  setup_remove_code },
@@ -5623,7 +6070,7 @@ static void setup_on_started(struct program *p, bool ok, struct span text, struc
 {
     struct setup *s = p->owner;
 
-    if (ok || p->state == PROGRAM_STOPPED)      /* when halting nothing of it outlives the machine */
+    if (ok || p->state == PROGRAM_STOPPED)
         setup_finish(s, ok, text, traceback);
     else
         setup_fail(s, text, traceback);
@@ -5634,10 +6081,10 @@ static void setup_on_applied(struct job *j, bool ok, struct span report)
     struct setup *s = CONTAINER(j, struct setup, job);
     struct conf program = { 0 };
 
-    if (!ok) {
-        setup_fail(s, report, SPAN(""));
-    } else if (s->program->state != PROGRAM_NONE) {
+    if (s->program->state != PROGRAM_NONE) {    /* when halting nothing of it outlives the machine */
         setup_finish(s, false, SPAN("the machine is halting"), SPAN(""));
+    } else if (!ok) {
+        setup_fail(s, report, SPAN(""));
     } else if (conf_copy_program(&program, &s->conf) < 0) {
         setup_fail(s, SPAN("no memory for the configuration"), SPAN(""));
     } else {
@@ -7328,9 +7775,12 @@ static const char call_usage[] =
     "configure: a folder is packed, __pycache__ and .git left out; a file is the program's only source, or\n"
     "an archive if it ends with .zip.\n"
     "  --env NAME=VALUE     a variable of the program; may be repeated\n"
-    "  --encoding NAME      plain or zip, if the name of the file does not tell\n"
+    "  --encoding NAME      plain or zip, if the name of the file does not tell; squashfs, the folder being -:\n"
+    "                       the code is on the guest's disk " CODE_DEVICE "\n"
     "  --interface NAME     asgi (the default) or executable\n"
     "  --input DIR|FILE     data for /data, packed like a program\n"
+    "  --volume DEVICE:DIR[:rw][:trusted]   a disk of the guest and where it goes; read-only, no setuid and\n"
+    "                       no device nodes, unless it says so; may be repeated\n"
     "  --hash HEX           the program's hash, which names the guest\n"
     "  --ip, --route, --ipv6, --ipv6-gateway ADDRESS, --dns ADDRESS, --key KEY\n"
     "\n"
@@ -7358,7 +7808,7 @@ static const struct call_option {
     { "configure", "--hash", true },  { "configure", "--ip", true },
     { "configure", "--route", true }, { "configure", "--ipv6", true },
     { "configure", "--dns", true },   { "configure", "--ipv6-gateway", true },
-    { "configure", "--key", true },
+    { "configure", "--key", true },   { "configure", "--volume", true },
     { "request", "-X", true }, { "request", "-H", true }, { "request", "-d", true },
     { "request", "-i", false },
     { "event", "--text", false },
@@ -7840,6 +8290,40 @@ static int call_write_variables(struct buf *out, const struct call *c)
     return 0;
 }
 
+/* DEVICE:DIR, and then what is not as usual. 0, or an exit code. */
+static int call_write_volumes(struct buf *out, const struct call *c)
+{
+    const char *value;
+
+    mp_write_key(out, "volumes");
+    mp_write_array(out, call_count(c, "--volume"));
+    for (int at = 0; (value = call_next(c, "--volume", &at));) {
+        struct span rest = span_of(value), device = span_part(&rest, ':'), mount = span_part(&rest, ':');
+        bool writable = false, trusted = false;
+        while (rest.p) {
+            struct span word = span_part(&rest, ':');
+            if (!span_eq(word, "rw") && !span_eq(word, "trusted"))
+                return call_misused(c, "--volume %s: \"%.*s\" is not rw or trusted", value, (int)word.n, word.p);
+            writable |= span_eq(word, "rw");
+            trusted |= span_eq(word, "trusted");
+        }
+        if (!mount.p)
+            return call_misused(c, "--volume %s: expected DEVICE:DIR", value);
+        mp_write_map(out, 3u + trusted);
+        mp_write_key(out, "device");
+        mp_write_text(out, device, SIZE_MAX);
+        mp_write_key(out, "mount");
+        mp_write_text(out, mount, SIZE_MAX);
+        mp_write_key(out, "read_only");
+        mp_write_bool(out, !writable);
+        if (trusted) {
+            mp_write_key(out, "trusted");
+            mp_write_bool(out, true);
+        }
+    }
+    return 0;
+}
+
 static void call_write_bytes(struct buf *out, const char *key, struct span bytes)
 {
     mp_write_key(out, key);
@@ -7873,9 +8357,8 @@ static int call_write_configuration(struct call *c, struct buf *map)
             call_write_bytes(map, "input_data", buf_span(&input));
         else
             call_write_text(map, "input_data", NULL);
-        mp_write_key(map, "volumes");
-        mp_write_array(map, 0);
-        rc = call_write_variables(map, c);
+        rc = call_write_volumes(map, c);
+        rc = rc ? rc : call_write_variables(map, c);
     }
     buf_fini(&code);
     buf_fini(&input);
@@ -8328,6 +8811,7 @@ static int forward_main(int argc, char **argv)
 
 /* ==== init: PID 1 ================================================================ */
 #define READY_PATIENCE_MS   100     /* then the rest of boot goes first */
+#define HALT_MARGIN_MS      300     /* of halt_ms: what follows when a volume is still held */
 
 struct options {
     const char *listen, *http, *ready;      /* addresses; ready: a sandbox, no vsock, no reboot */
@@ -8351,7 +8835,8 @@ struct agent {
     bool                ready_said, booted;
     struct job          sync;
     struct watch        halt_timer;
-    enum { HALT_NO, HALT_PROGRAM, HALT_SYNC, HALT_ANSWER } halt_state;
+    int64_t             halt_end_ms;
+    enum { HALT_NO, HALT_PROGRAM, HALT_SETUP, HALT_SYNC, HALT_ANSWER } halt_state;
 };
 
 static bool agent_is_sandboxed(const struct agent *a)
@@ -8437,13 +8922,21 @@ static void halt_now(struct agent *a)
     reboot(RB_POWER_OFF);
 }
 
+/* Nothing but PID 1 and this child has a file open after kill(2). */
 static int halt_sync(void *arg, struct buf *why)
 {
+    const struct agent *a = arg;
     struct statvfs fs;
 
     (void)why;
+    if (agent_is_sandboxed(a)) {
+        sync();
+        return 0;
+    }
+    kill(-1, SIGKILL);
     sync();
-    if (!agent_is_sandboxed(arg) && statvfs("/", &fs) == 0 && !(fs.f_flag & ST_RDONLY))
+    vol_umount_all(a->halt_end_ms - HALT_MARGIN_MS);
+    if (statvfs("/", &fs) == 0 && !(fs.f_flag & ST_RDONLY))
         mount(NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL);   /* an overlay refuses; it is only memory */
     return 0;
 }
@@ -8468,11 +8961,10 @@ static void halt_on_synced(struct job *j, bool ok, struct span report)
     halt_answer(a);
 }
 
-static void halt_on_stopped(struct program *p)
+/* Once no setup mounts anything any more. */
+static void halt_files(struct agent *a)
 {
-    struct agent *a = CONTAINER(p, struct agent, program);
-
-    if (a->halt_state != HALT_PROGRAM)
+    if (a->halt_state != HALT_SETUP || a->setup.job.child.pid > 0)
         return;
     a->halt_state = HALT_SYNC;
     a->sync.run = halt_sync;
@@ -8482,6 +8974,17 @@ static void halt_on_stopped(struct program *p)
         halt_sync(a, NULL);         /* better late than lost; nothing else is left to serve */
         halt_answer(a);
     }
+}
+
+static void halt_on_stopped(struct program *p)
+{
+    struct agent *a = CONTAINER(p, struct agent, program);
+
+    if (a->halt_state != HALT_PROGRAM)
+        return;
+    a->halt_state = HALT_SETUP;
+    child_signal(&a->setup.job.child, SIGKILL);
+    halt_files(a);
 }
 
 static void halt_on_deadline(struct watch *t)
@@ -8502,6 +9005,7 @@ static void agent_halt(struct agent *a, const char *reason)
         return;
     log_info("halt: %s", reason);
     a->halt_state = HALT_PROGRAM;
+    a->halt_end_ms = now_ms() + limits.halt_ms;
     loop_after(&a->loop, &a->halt_timer, limits.halt_ms);
     program_stop(&a->program);
 }
@@ -8517,6 +9021,7 @@ static void agent_reap(struct agent *a)
 {
     if (child_reap(&a->children, 1024))
         loop_soon(&a->loop, &a->signals);       /* others have their turn first */
+    halt_files(a);
 }
 
 static void agent_on_signal(struct watch *w, uint32_t events)

@@ -28,6 +28,7 @@
 #define PATH_STATE      "/run/agent"            /* ours alone, 0755: the shim that Python runs */
 #define PATH_CODE_ASGI  "/opt"                  /* where asgi code is unpacked */
 #define PATH_CODE       "/opt/code"             /* where executables' code is unpacked or mounted */
+#define CODE_DEVICE     "vdb"                   /* the disk that squashfs code comes on */
 #define PATH_PACKAGES   "/opt/packages"         /* second on sys.path */
 #define PATH_DATA       "/data"                 /* where input_data is unpacked */
 #define PATH_API_SOCKET "/tmp/socat-socket"     /* the guest API's address, as programs know it */
@@ -118,6 +119,7 @@ enum frame_type {
     X(grace_ms,           3000,       0,       60000,   "from SIGTERM to SIGKILL") \
     X(halt_ms,            4000,       100,     60000,   "halt in all; the host gives 5 s") \
     X(linger_ms,          1000,       0,       60000,   "reading on after an early error, so that it arrives") \
+    X(device_ms,          1000,       0,       60000,   "a volume's device to appear") \
     X(ready_retry_ms,     20,         1,       10000,   "between two tries to say ready") \
     X(backoff_ms,         100,        1,       60000,   "first wait before a restart; doubles") \
     X(backoff_max_ms,     10000,      1,       600000,  "longest wait before a restart")
@@ -129,5 +131,8 @@ enum frame_type {
 #define CONN_READ_BYTES     (64 << 10)      /* one read, and room kept in an input buffer */
 #define CONN_OUT_HIGH       (128 << 10)     /* past this a client is slow: the program waits */
 #define HOSTNAME_MAX        63              /* one DNS label */
+#define VOLUME_DEVICE_MAX   31              /* bytes of a volume's device name (BDEVNAME_SIZE) */
+#define VOLUME_MOUNT_MAX    1023            /* bytes of the path where it is mounted */
+#define VOLUME_MOUNTS_MAX   1024            /* mounts of anybody that halt detaches */
 
 #endif
