@@ -2154,7 +2154,7 @@ static int net_call(int fd, struct net_message *m)
     return errno ? -1 : 0;
 }
 
-/* Returns the interface's index, 0 if there is none. */
+/* 0: there is no such interface. */
 static unsigned net_index(const char *name)
 {
     char path[64], text[16] = "";
@@ -2166,6 +2166,28 @@ static unsigned net_index(const char *name)
     ssize_t n = read(fd, text, sizeof text - 1);
     fd_close(&fd);
     return n > 0 ? (unsigned)strtoul(text, NULL, 10) : 0;
+}
+
+/* The way out: eth0, or the first interface with hardware behind it where udev has given it
+ * another name. Returns its index, 0 if there is none. */
+static unsigned net_find(char name[IF_NAMESIZE])
+{
+    DIR *d = opendir("/sys/class/net");
+    unsigned found;
+
+    snprintf(name, IF_NAMESIZE, "eth0");
+    found = net_index(name);
+    for (struct dirent *e; found == 0 && d && (e = readdir(d));) {
+        char path[PATH_MAX];
+        snprintf(path, sizeof path, "/sys/class/net/%s/device", e->d_name);
+        if (access(path, F_OK) < 0 || strlen(e->d_name) >= IF_NAMESIZE)
+            continue;
+        snprintf(name, IF_NAMESIZE, "%s", e->d_name);
+        found = net_index(name);
+    }
+    if (d)
+        closedir(d);
+    return found;
 }
 
 /* flags: IFF_UP, or 0 to take it down, and its routes with it. */
@@ -2238,10 +2260,76 @@ static int net_loopback(void)
     return rc;
 }
 
-#define RESOLVER_PATH   "/etc/resolv.conf"
+/* ---- files of /etc: replaced as a whole, also where one is a link that leads nowhere ---- */
 
-/* resolv.conf(5): the first of each, limits.dns_servers of them. Replaced as a whole, also
- * where it is a link that leads nowhere; net_undo puts the one before back. */
+#define RESOLVER_PATH   "/etc/resolv.conf"
+#define HOSTS_PATH      "/etc/hosts"
+#define ETC_BEFORE      ".before-agent"     /* what etc_replace() replaced, for etc_restore() */
+
+static void etc_cover_path(char *out, size_t size, const char *path)
+{
+    snprintf(out, size, PATH_STATE "/%s", strrchr(path, '/') + 1);
+}
+
+/* Where a root is read-only for want of an overlay, a file of ours is bound over the one there. */
+static int etc_cover(const char *path, struct span text)
+{
+    char cover[128], to[PATH_MAX], parent[PATH_MAX + 8];
+    ssize_t n = readlink(path, to, sizeof to - 1);
+
+    etc_cover_path(cover, sizeof cover, path);
+    if (mkdir_all(PATH_STATE, 0755) < 0 || file_write(cover, text.p, text.n, 0644) < 0)
+        return -1;
+    if (n > 0 && access(path, F_OK) < 0) {      /* it leads nowhere yet: mostly below /run */
+        to[n] = '\0';
+        snprintf(parent, sizeof parent, "%s%s", to[0] == '/' ? "" : "/etc/", to);
+        *strrchr(parent, '/') = '\0';
+        if (mkdir_all(parent, 0755) < 0 || file_write(path, "", 0, 0644) < 0)
+            return -1;
+    }
+    if (mount(cover, path, NULL, MS_BIND, NULL) == 0)
+        return 0;
+    if (errno == ENOENT)                        /* nothing is there to bind over */
+        errno = EROFS;
+    return -1;
+}
+
+static int etc_replace(const char *path, struct span text)
+{
+    char fresh[64], before[64];
+
+    snprintf(fresh, sizeof fresh, "%s.agent", path);
+    snprintf(before, sizeof before, "%s" ETC_BEFORE, path);
+    mkdir("/etc", 0755);
+    int rc = file_write(fresh, text.p, text.n, 0644);
+    if (rc == 0 && rename(path, before) < 0)
+        rc = errno == ENOENT ? file_write(before, "", 0, 0644) : -1;
+    if (rc == 0)
+        rc = rename(fresh, path);
+    return rc < 0 && (errno == EROFS || errno == EBUSY) ? etc_cover(path, text) : rc;
+}
+
+/* Puts back what etc_replace() found, if it has replaced anything since etc_forget(). */
+static void etc_restore(const char *path)
+{
+    char before[64], cover[128];
+
+    snprintf(before, sizeof before, "%s" ETC_BEFORE, path);
+    rename(before, path);
+    etc_cover_path(cover, sizeof cover, path);
+    if (unlink(cover) == 0)
+        umount2(path, MNT_DETACH);
+}
+
+static void etc_forget(const char *path)
+{
+    char before[64];
+
+    snprintf(before, sizeof before, "%s" ETC_BEFORE, path);
+    unlink(before);
+}
+
+/* resolv.conf(5): the first of each, limits.dns_servers of them. */
 static int net_resolver(const struct conf *c)
 {
     struct buf text = { 0 };
@@ -2256,19 +2344,78 @@ static int net_resolver(const struct conf *c)
         buf_add_format(&text, "nameserver %s\n", c->dns_servers[i]);
         kept++;
     }
-    int rc = kept == 0 ? 0 : file_write(RESOLVER_PATH ".agent", buf_at(&text), text.len, 0644);
-    if (kept > 0 && rc == 0 && rename(RESOLVER_PATH, RESOLVER_PATH ".before") < 0)
-        rc = errno == ENOENT ? file_write(RESOLVER_PATH ".before", "", 0, 0644) : -1;
-    if (kept > 0 && rc == 0)
-        rc = rename(RESOLVER_PATH ".agent", RESOLVER_PATH);
+    int rc = kept == 0 ? 0 : etc_replace(RESOLVER_PATH, buf_span(&text));
     buf_fini(&text);
     return rc;
+}
+
+/* Whether a line of hosts(5) gives the name an address; of the family, unless that is AF_UNSPEC. */
+static bool hosts_has(const char *text, int family, const char *name)
+{
+    bool has = false;
+
+    for (const char *next; *text && !has; text = next + (*next == '\n')) {
+        next = text + strcspn(text, "\n");
+        char line[1024], *rest, *word;
+        snprintf(line, sizeof line, "%.*s", (int)(next - text < 1023 ? next - text : 1023), text);
+        line[strcspn(line, "#")] = '\0';
+        const char *address = strtok_r(line, " \t\r", &rest);
+        if (!address || (family != AF_UNSPEC && (strchr(address, ':') ? AF_INET6 : AF_INET) != family))
+            continue;
+        while (!has && (word = strtok_r(NULL, " \t\r", &rest)))
+            has = strcasecmp(word, name) == 0;
+    }
+    return has;
+}
+
+/* Adds what lacks of localhost and of our own name; what stands there stays. */
+static void hosts_complete(struct buf *text, const char *hostname)
+{
+    if (text->len > 0 && buf_at(text)[text->len - 1] != '\n')
+        buf_add_byte(text, '\n');
+    if (!hosts_has(buf_text(text), AF_INET, "localhost"))
+        buf_add_text(text, "127.0.0.1\tlocalhost\n");
+    if (!hosts_has(buf_text(text), AF_INET6, "localhost"))
+        buf_add_text(text, "::1\tlocalhost ip6-localhost ip6-loopback\n");
+    if (hostname[0] && !hosts_has(buf_text(text), AF_UNSPEC, hostname))
+        buf_add_format(text, "127.0.1.1\t%s\n", hostname);
+}
+
+/* A program can do without, so a failure is logged only. */
+static void net_hosts(const char *hostname)
+{
+    struct buf text = { 0 };
+
+    if (file_load(HOSTS_PATH, &text, HOSTS_BYTES_MAX) < 0 && errno != ENOENT) {
+        log_errno(HOSTS_PATH);
+    } else {
+        size_t before = text.len;
+        hosts_complete(&text, hostname);
+        if (!text.failed && text.len > before && etc_replace(HOSTS_PATH, buf_span(&text)) < 0)
+            log_errno(HOSTS_PATH);
+    }
+    buf_fini(&text);
+}
+
+/* ---- a configuration's network ---- */
+
+/* Neighbours have no say: no address and no route comes from a router advertisement. Set
+ * before the interface goes up (Documentation/networking/ip-sysctl.rst). */
+static void net_ignore_advertisements(const char *name)
+{
+    for (const char *const *key = (const char *const[]){ "accept_ra", "autoconf", NULL }; *key; key++) {
+        char path[96];
+        snprintf(path, sizeof path, "/proc/sys/net/ipv6/conf/%s/%s", name, *key);
+        if (file_set(path, "0") < 0 && errno != ENOENT)     /* a kernel without IPv6 */
+            log_errno("%s", path);
+    }
 }
 
 /* Takes back what net_apply did, as far as it came: what is not there cannot be removed. */
 static void net_undo(const struct conf *c)
 {
-    unsigned index = c->ip || c->ipv6 ? net_index("eth0") : 0;
+    char name[IF_NAMESIZE];
+    unsigned index = c->ip || c->ipv6 ? net_find(name) : 0;
     int fd = index ? net_open() : -1;
 
     if (fd >= 0 && c->ip)
@@ -2278,47 +2425,65 @@ static void net_undo(const struct conf *c)
     if (fd >= 0)
         net_link(fd, index, 0);
     fd_close(&fd);
-    if (c->dns_servers_len > 0)
-        rename(RESOLVER_PATH ".before", RESOLVER_PATH);
+    etc_restore(HOSTS_PATH);
+    etc_restore(RESOLVER_PATH);
 }
 
-/* Addresses, routes and name servers on eth0; a machine without a NIC is fine. */
-static int net_apply(const struct conf *c, struct buf *why)
+/* Addresses and routes. 0, or -1, errno and the field that was being applied. */
+static int net_interface(const struct conf *c, const char **field)
 {
-    unsigned index = net_index("eth0");
-    const char *step = "interface";
-    int fd = -1, rc = -1;
+    static const char *const modules[] = { "virtio_net", NULL };
+    char name[IF_NAMESIZE];
+    unsigned index = net_find(name);
+    int rc = -1, fd;
 
-    if (net_resolver(c) < 0) {
-        buf_add_format(why, "dns_servers: " RESOLVER_PATH ": %s", strerror(errno));
-        return -1;
+    if (index == 0) {
+        boot_modules(modules);
+        index = net_find(name);
     }
-    if (index == 0 || (!c->ip && !c->ipv6))
+    if (index == 0) {
+        log_info("network: no interface to give an address to");
         return 0;
+    }
+    *field = "interface";
+    net_ignore_advertisements(name);
     if ((fd = net_open()) < 0 || net_link(fd, index, IFF_UP) < 0)
         goto done;
-    step = "ip";
+    *field = "ip";
     if (c->ip && net_address(fd, index, RTM_NEWADDR, AF_INET, c->ip) < 0)
         goto done;
-    step = "route";
+    *field = "route";
     if (c->ip && c->route && net_add_route(fd, index, AF_INET, c->route) < 0)
         goto done;
-    step = "ipv6";
+    *field = "ipv6";
     if (c->ipv6 && net_address(fd, index, RTM_NEWADDR, AF_INET6, c->ipv6) < 0)
         goto done;
-    step = "ipv6_gateway";
+    *field = "ipv6_gateway";
     if (c->ipv6 && c->ipv6_gateway && net_add_route(fd, index, AF_INET6, c->ipv6_gateway) < 0)
         goto done;
     rc = 0;
 done:
-    if (rc < 0)
-        buf_add_format(why, "network: %s: %s", step, strerror(errno));
     fd_close(&fd);
     return rc;
 }
 
-/* ==== zip: archives, in and out ==================================================
- * Reading takes two passes over an archive in memory: the first believes nothing, unpacks
+=======
+/* Addresses, routes, name servers and the hosts file; a machine without a NIC is fine. */
+static int net_apply(const struct conf *c, struct buf *why)
+{
+    const char *field = "dns_servers: " RESOLVER_PATH;
+
+    etc_forget(RESOLVER_PATH);
+    etc_forget(HOSTS_PATH);
+    net_hosts(c->hostname);
+    if (net_resolver(c) == 0 && ((!c->ip && !c->ipv6) || net_interface(c, &field) == 0))
+        return 0;
+    buf_add_format(why, "network: %s: %s", field, strerror(errno));
+    net_undo(c);
+    return -1;
+}
+
+/* ==== zip: archives, in and out =========================================== * Reading takes two passes over an archive in memory: the first believes nothing, unpacks
  * to nowhere and writes nothing; the second writes. What a reader could understand in two
  * ways is refused, as whoever checked the archive before us may have read it the other way.
  * minizip walks the directory; it tolerates junk, overlaps and contradictions, so the

@@ -131,6 +131,7 @@ enum frame_type {
 #define CONN_READ_BYTES     (64 << 10)      /* one read, and room kept in an input buffer */
 #define CONN_OUT_HIGH       (128 << 10)     /* past this a client is slow: the program waits */
 #define HOSTNAME_MAX        63              /* one DNS label */
+#define HOSTS_BYTES_MAX     (1 << 20)       /* of /etc/hosts; a longer one is left alone */
 #define VOLUME_DEVICE_MAX   31              /* bytes of a volume's device name (BDEVNAME_SIZE) */
 #define VOLUME_MOUNT_MAX    1023            /* bytes of the path where it is mounted */
 #define VOLUME_MOUNTS_MAX   1024            /* mounts of anybody that halt detaches */

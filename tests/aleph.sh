@@ -18,7 +18,7 @@ item() {
 }
 
 in_guest() { nsenter -t "$PID1" --mount --net --uts -- "$@"; }
-applied() { in_guest sh -c 'hostname; cat /etc/resolv.conf; ip -o addr show eth0; ip route; ip -6 route; ls /opt; ls -d /data/*' 2>&1 || true; }
+applied() { in_guest sh -c 'hostname; cat /etc/resolv.conf /etc/hosts; ip -o addr show eth0; ip route; ip -6 route; ls /opt; ls -d /data/*' 2>&1 || true; }
 lines_with() { grep -c "$1" "$CONSOLE" || true; }
 
 not_configured() {

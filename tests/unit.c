@@ -947,6 +947,33 @@ static void test_modules(void)
     log_forget();
 }
 
+/* ==== net ======================================================================== */
+
+static void test_hosts(void)
+{
+#define HOSTS_4     "127.0.0.1\tlocalhost\n"
+#define HOSTS_6     "::1\tlocalhost ip6-localhost ip6-loopback\n"
+    static const struct { const char *before, *hostname, *added; } table[] = {
+        { "", "", HOSTS_4 HOSTS_6 }, { "", "me", HOSTS_4 HOSTS_6 "127.0.1.1\tme\n" },
+        { HOSTS_4 HOSTS_6, "", "" }, { HOSTS_4 HOSTS_6, "me", "127.0.1.1\tme\n" },
+        { "127.0.0.1 localhost", "", "\n" HOSTS_6 }, { "  127.0.0.2  other LocalHost # x\r\n", "", HOSTS_6 },
+        { "#127.0.0.1 localhost\n::1 ip6-localhost\n", "", HOSTS_4 HOSTS_6 },
+        { "127.0.0.1 # localhost\n\n\n::1 localhost", "", "\n" HOSTS_4 },
+        { HOSTS_4 HOSTS_6 "10.0.0.1 me.example me\n", "me", "" }, { HOSTS_4 HOSTS_6 "fd00::1 me\n", "me", "" },
+        { HOSTS_4 HOSTS_6 "10.0.0.1 me.example\n", "me", "127.0.1.1\tme\n" },
+        { HOSTS_4 HOSTS_6 "me\n", "me", "127.0.1.1\tme\n" }, { "localhost\nlocalhost\tlocalhost\n", "", HOSTS_6 },
+    };
+
+    EACH(i, table) {
+        struct buf text = { 0 };
+        buf_add_text(&text, table[i].before);
+        hosts_complete(&text, table[i].hostname);
+        check(strncmp(buf_text(&text), table[i].before, strlen(table[i].before)) == 0, "what was there stays");
+        check_text(table[i].before, table[i].added, buf_text(&text) + strlen(table[i].before));
+        buf_fini(&text);
+    }
+}
+
 /* ==== child ====================================================================== */
 
 static void test_describe(void)
@@ -1791,7 +1818,7 @@ static void test_init_options(void)
 static const struct { const char *name; void (*run)(void); } tests[] = {
     TEST(buf), TEST(span), TEST(log), TEST(log_slow_console), TEST(utf8), TEST(percent), TEST(base32), TEST(number),
     TEST(limits), TEST(mp_heads), TEST(mp_scan), TEST(mp_write), TEST(mp_read), TEST(conf), TEST(conf_network),
-    TEST(conf_copy), TEST(loop_deadlines), TEST(loop_timeout), TEST(loop_soon), TEST(loop_bury), TEST(modules),
+    TEST(conf_copy), TEST(loop_deadlines), TEST(loop_timeout), TEST(loop_soon), TEST(loop_bury), TEST(modules), TEST(hosts),
     TEST(zip), TEST(describe), TEST(output_lines), TEST(output_flood), TEST(address), TEST(interest), TEST(http_heads),
     TEST(http_request), TEST(http_phrases), TEST(response_head), TEST(field_next), TEST(aleph_request), TEST(aleph_text),
     TEST(aleph_deadlines), TEST(forward), TEST(read_faults), TEST(conn_faults), TEST(output_faults), TEST(accept_full),
