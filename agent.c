@@ -2467,7 +2467,6 @@ done:
     return rc;
 }
 
-=======
 /* Addresses, routes, name servers and the hosts file; a machine without a NIC is fine. */
 static int net_apply(const struct conf *c, struct buf *why)
 {
@@ -2483,7 +2482,8 @@ static int net_apply(const struct conf *c, struct buf *why)
     return -1;
 }
 
-/* ==== zip: archives, in and out =========================================== * Reading takes two passes over an archive in memory: the first believes nothing, unpacks
+/* ==== zip: archives, in and out ==================================================
+ * Reading takes two passes over an archive in memory: the first believes nothing, unpacks
  * to nowhere and writes nothing; the second writes. What a reader could understand in two
  * ways is refused, as whoever checked the archive before us may have read it the other way.
  * minizip walks the directory; it tolerates junk, overlaps and contradictions, so the
