@@ -19,7 +19,7 @@
  *
  * Sections, each using only those above it (grep '^/\* ====' agent.c):
  *   log sys buf loop text mp conf boot net zip vol child conn exchange worker program job setup
- *   aleph http call forward init main
+ *   aleph http pump bridge call forward init main
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -4244,6 +4244,11 @@ static void conn_flush(struct conn *c)
             continue;
         if (n < 0 && errno == EAGAIN)
             break;
+        if (n < 0 && c->state == CONN_OPEN && c->proto->reads_to_end) {
+            c->gone = true;
+            buf_drop(&c->out, c->out.len);
+            break;
+        }
         if (n < 0) {
             conn_close(c);
             return;
@@ -4310,7 +4315,8 @@ static void conn_settle(struct conn *c)
     if (c->state == CONN_DEAD)
         return;
     bool full = c->in.len >= c->in_max && !c->eof && !c->paused && c->state == CONN_OPEN;
-    bool waits = c->gone && full && c->proto->reads_to_end;     /* until conn_soon, deaf to EPOLLHUP */
+    bool waits = c->gone && (full || (c->eof && c->in.len > 0)) && c->state == CONN_OPEN
+              && c->proto->reads_to_end;                        /* until conn_soon, deaf to EPOLLHUP */
     if (c->gone && !waits && (full || c->eof || c->paused || c->state != CONN_OPEN)) {
         conn_close(c);
         return;
@@ -4443,7 +4449,7 @@ static void listener_on_event(struct watch *w, uint32_t events)
     struct listener *l = CONTAINER(w, struct listener, watch);
     (void)events;
 
-    for (int i = 0; i < 64; i++) {
+    for (int i = 0; i < 64 && w->events; i++) {     /* on_accept may want no more */
         struct sockaddr_storage peer = { 0 };
         socklen_t size = sizeof peer;
         int on = 1, fd = SYS_ACCEPT(w->fd, (void *)&peer, &size, SOCK_CLOEXEC | SOCK_NONBLOCK);
@@ -5497,6 +5503,7 @@ struct program {
     size_t             queued;
     void             (*on_started)(struct program *, bool ok, struct span text, struct span traceback);
     void             (*on_stopped)(struct program *);
+    void             (*before_launch)(struct program *);    /* every time; may be NULL */
     void              *owner;
 };
 
@@ -5817,6 +5824,8 @@ static void program_launch(struct program *p, int64_t ms)
 {
     struct buf why = { 0 };
 
+    if (p->before_launch)
+        p->before_launch(p);
     loop_after(p->loop, &p->timer, ms);
     if (!p->worker && program_spawn(p, p->conf.entrypoint, &why) < 0)
         program_start_failed(p, buf_span(&why), SPAN(""));
@@ -7896,6 +7905,275 @@ static int http_open(struct http_server *s)
     return listener_open(&s->listener);
 }
 
+/* ==== pump: bytes both ways between two connections ==============================
+ * A connection that was accepted, the near end, gets a far end to one target. What an end has
+ * read is handed over whole as soon as the other has sent all it had: at most CONN_READ_BYTES
+ * stand on each side of a direction, and who reads slowly slows the writer. The end of one
+ * direction is passed on while the other goes on; a pair ends with both. */
+struct pump;
+
+struct pumps {
+    struct conns  *conns;
+    struct address target;
+    int64_t        idle_ms;         /* a pair that carries nothing for so long ends; 0: never */
+    void         (*on_failed)(struct pump *near, const char *why);  /* no far end: close near, or
+                                       give it a deadline, after which it is tried again */
+    void         (*on_end)(struct pump *near);      /* may be NULL */
+};
+
+struct pump {
+    struct conn   conn;             /* first member */
+    struct pumps *pumps;
+    struct pump  *peer;             /* NULL: it has ended, or there is none yet */
+    const char   *failed;           /* far: what was wrong with the handshake */
+    int64_t       since_ms;         /* near: when it was accepted */
+    bool          is_far;
+    bool          up;               /* connected, and the handshake is over */
+    bool          sent_eof;         /* shutdown(2) was passed on to this end */
+};
+
+/* The near end's deadline is the pair's. */
+static void pump_touch(struct pump *near)
+{
+    if (near->pumps->idle_ms > 0)
+        conn_after(&near->conn, near->pumps->idle_ms);
+    else
+        conn_never(&near->conn);
+}
+
+static void pump_move(struct pump *from, struct pump *to)
+{
+    struct conn *in = &from->conn, *out = &to->conn;
+
+    if (!from->up || !to->up || out->state != CONN_OPEN)
+        return;
+    if (in->in.len > 0 && out->out.len == 0) {
+        struct buf sent = out->out;
+        out->out = in->in;
+        in->in = sent;
+        pump_touch(from->is_far ? to : from);
+        conn_soon(in);                  /* it may read again */
+        conn_soon(out);
+    }
+    if (in->eof && in->in.len == 0 && out->out.len == 0 && !to->sent_eof) {
+        to->sent_eof = true;
+        shutdown(out->watch.fd, SHUT_WR);
+        if (out->eof && out->in.len == 0)
+            conn_close(out);
+    }
+}
+
+/* Firecracker's answer to CONNECT: one line, OK and a number. */
+static void pump_on_handshake(struct pump *p)
+{
+    struct conn *c = &p->conn;
+    const char *end = c->in.len ? memchr(buf_at(&c->in), '\n', c->in.len) : NULL;
+
+    if (end && memcmp(buf_at(&c->in), "OK", 2) == 0) {
+        buf_drop(&c->in, (size_t)(end - buf_at(&c->in)) + 1);
+        p->up = true;
+    } else if (end || c->eof || c->in.len > 64) {
+        p->failed = end ? "refused" : "nobody listens on this port in the guest";
+        conn_close(c);
+    }
+}
+
+static void pump_on_input(struct conn *c)
+{
+    struct pump *p = CONTAINER(c, struct pump, conn);
+
+    if (!p->up) {
+        if (p->pumps->target.kind == ADDRESS_HYBRID)
+            pump_on_handshake(p);
+        else
+            p->up = true;
+        if (!p->up)
+            return;
+        c->in_max = 1;                  /* nothing more is read until it was handed over */
+        pump_touch(p->peer);
+        conn_soon(&p->peer->conn);
+    }
+    if (p->peer)
+        pump_move(p, p->peer);
+    if (p->peer)
+        pump_move(p->peer, p);
+}
+
+static void pump_on_sent(struct conn *c)
+{
+    struct pump *p = CONTAINER(c, struct pump, conn);
+    if (p->peer && c->out.len == 0)
+        conn_soon(&p->peer->conn);
+}
+
+/* Gives a near end its far end, now or when pumps->on_failed says so. */
+static void pump_connect(struct pump *near);
+
+static void pump_on_deadline(struct conn *c)
+{
+    struct pump *near = CONTAINER(c, struct pump, conn);
+
+    if (!near->peer) {
+        pump_connect(near);
+    } else if (!near->peer->up) {
+        near->peer->failed = "it does not answer";
+        conn_close(&near->peer->conn);
+    } else {
+        log_info("%s: nothing came for %" PRId64 " ms, closed", near->pumps->target.text, near->pumps->idle_ms);
+        conn_close(c);
+    }
+}
+
+static void pump_on_close(struct conn *c)
+{
+    struct pump *p = CONTAINER(c, struct pump, conn), *peer = p->peer;
+    const char *why = p->failed ? p->failed : strerror(errno);
+
+    p->peer = NULL;
+    if (peer)
+        peer->peer = NULL;
+    if (!p->is_far && p->pumps->on_end)
+        p->pumps->on_end(p);
+    if (peer && p->is_far && !p->up)
+        p->pumps->on_failed(peer, why);
+    else if (peer)
+        conn_finish(&peer->conn);
+}
+
+static void pump_on_free(struct conn *c)
+{
+    free(CONTAINER(c, struct pump, conn));
+}
+
+static const struct proto pump_proto = {
+    .name = "pump", .on_input = pump_on_input, .on_sent = pump_on_sent,
+    .on_deadline = pump_on_deadline, .on_close = pump_on_close, .on_free = pump_on_free,
+    .reads_to_end = true,
+};
+
+static void pump_connect(struct pump *near)
+{
+    struct pumps *all = near->pumps;
+    struct pump *far = calloc(1, sizeof *far);
+    int fd = far ? address_connect(&all->target) : -1;
+
+    if (fd < 0 || conn_open(&far->conn, all->conns, &pump_proto, fd, CONN_CONNECTING) < 0) {
+        const char *why = strerror(errno);
+        free(far);
+        all->on_failed(near, why);
+        return;
+    }
+    far->pumps = all;
+    far->is_far = true;
+    far->peer = near;
+    near->peer = far;
+    if (all->target.kind == ADDRESS_HYBRID)
+        buf_add_format(&far->conn.out, "CONNECT %u\n", all->target.port);
+    conn_after(&near->conn, limits.send_ms);
+}
+
+/* Takes an accepted connection; pump_connect follows. NULL: no memory, it is closed. */
+static struct pump *pump_accept(struct pumps *all, int fd)
+{
+    struct pump *near = calloc(1, sizeof *near);
+
+    if (!near || conn_open(&near->conn, all->conns, &pump_proto, fd, CONN_OPEN) < 0) {
+        log_info("%s: no memory for a connection", all->target.text);
+        if (!near)
+            fd_close(&fd);
+        free(near);
+        return NULL;
+    }
+    near->pumps = all;
+    near->up = true;
+    near->conn.in_max = 1;
+    near->since_ms = now_ms();
+    return near;
+}
+
+/* ==== bridge: the guest API, PATH_API_SOCKET to the host's vsock 53 ==============
+ * The host may begin to listen long after the program has begun to ask: a connection is taken
+ * at once and its first bytes are kept while the host's end is tried again and again. */
+struct bridge {
+    struct conns    conns;          /* its own: a flood here takes no place from requests */
+    struct pumps    pumps;          /* target.text NULL: a sandbox that has no guest API */
+    struct listener listener;
+    struct stat     made;           /* the socket's file */
+    int64_t         open;           /* near ends */
+};
+
+static void bridge_on_failed(struct pump *near, const char *why)
+{
+    struct bridge *b = CONTAINER(near->pumps, struct bridge, pumps);
+
+    if (now_ms() - near->since_ms < limits.api_wait_ms) {
+        log_debug("guest API: %s", why);
+        conn_after(&near->conn, API_RETRY_MS * (1 + b->open / 4));     /* few tries in all, however many wait */
+        return;
+    }
+    log_info("guest API: the host has taken no connection for %" PRId64 " ms: %s", limits.api_wait_ms, why);
+    conn_close(&near->conn);
+}
+
+static void bridge_on_end(struct pump *near)
+{
+    struct bridge *b = CONTAINER(near->pumps, struct bridge, pumps);
+
+    b->open--;
+    listener_start(&b->listener);
+}
+
+static void bridge_on_accept(struct listener *l, int fd)
+{
+    struct bridge *b = l->arg;
+    struct pump *near = pump_accept(&b->pumps, fd);
+
+    if (!near)
+        return;
+    if (++b->open >= limits.api_conns) {
+        log_info("guest API: %" PRId64 " connections, the next one waits", b->open);
+        loop_want(b->conns.loop, &l->watch, 0);
+    }
+    pump_connect(near);
+}
+
+static void bridge_init(struct bridge *b, struct loop *loop)
+{
+    b->conns.loop = loop;
+    b->pumps.conns = b->listener.all = &b->conns;
+    b->pumps.idle_ms = limits.api_idle_ms;
+    b->pumps.on_failed = bridge_on_failed;
+    b->pumps.on_end = bridge_on_end;
+    b->listener.on_accept = bridge_on_accept;
+    b->listener.arg = b;
+    b->listener.watch.fd = -1;
+}
+
+/* Makes the socket, also again when the program has taken it away or changed it. Whenever a
+ * program is about to start: what covers /tmp, a volume for one, is there by then. */
+static void bridge_offer(struct bridge *b)
+{
+    struct stat st, *made = &b->made;
+    bool there = lstat(PATH_API_SOCKET, &st) == 0;
+
+    if (!b->pumps.target.text)
+        return;
+    if (b->listener.watch.fd >= 0) {
+        if (there && st.st_dev == made->st_dev && st.st_ino == made->st_ino
+            && st.st_ctim.tv_sec == made->st_ctim.tv_sec && st.st_ctim.tv_nsec == made->st_ctim.tv_nsec)
+            return;
+        log_info("guest API: " PATH_API_SOCKET " was %s: it is made again", there ? "changed" : "removed");
+        loop_want(b->conns.loop, &b->listener.watch, 0);
+        fd_close(&b->listener.watch.fd);
+    }
+    mkdir("/tmp", 01777);
+    if (!address_parse(&b->listener.address, "unix:" PATH_API_SOCKET) || listener_open(&b->listener) < 0
+        || lstat(PATH_API_SOCKET, made) < 0)
+        log_errno("guest API: " PATH_API_SOCKET);
+    else if (b->open < limits.api_conns)
+        listener_start(&b->listener);
+}
+
 /* ==== call: the host's side of port 52, for people and tests =====================
  * A command, not the init: it may block, within its time, and ends the process. It speaks
  * to a guest through a Unix socket in Firecracker's manner, or to an agent that listens on
@@ -8798,155 +9076,25 @@ static int call_main(int argc, char **argv)
 
 /* ==== forward: one listener, one target, bytes both ways =========================
  * For the host: reach a guest's port from tools that know nothing of vsock. */
-struct forward {
-    struct loop    *loop;
-    struct conns   *conns;
-    struct listener listener;
-    struct address  target;
-};
-
-/* One end; its peer is the other. A pair ends when both directions have. */
-struct pump {
-    struct conn     conn;           /* first member */
-    struct forward *forward;
-    struct pump    *peer;           /* NULL: it has ended */
-    bool            handshake;      /* hybrid: OK has not come yet */
-    bool            sent_eof;       /* shutdown(2) was passed on to this end */
-};
-
-/* Moves what one end has read to the other, as far as that keeps up. */
-static void pump_move(struct pump *from, struct pump *to)
+static void forward_on_failed(struct pump *near, const char *why)
 {
-    struct conn *in = &from->conn, *out = &to->conn;
-
-    if (out->state != CONN_OPEN || to->handshake || from->handshake)
-        return;
-    if (in->in.len > 0 && out->out.len < CONN_OUT_HIGH) {
-        if (in->in.len >= in->in_max)
-            conn_soon(in);              /* it stopped reading: it may go on */
-        buf_add_span(&out->out, buf_span(&in->in));
-        buf_drop(&in->in, in->in.len);
-        conn_soon(out);
-    }
-    if (in->eof && in->in.len == 0 && out->out.len == 0 && !to->sent_eof) {
-        to->sent_eof = true;
-        shutdown(out->watch.fd, SHUT_WR);
-        if (out->eof)
-            conn_close(out);
-    }
+    fprintf(stderr, "agent: %s: %s\n", near->pumps->target.text, why);
+    conn_finish(&near->conn);
 }
-
-/* Firecracker's answer to CONNECT: one line, OK and a number. */
-static void pump_on_handshake(struct pump *p)
-{
-    struct conn *c = &p->conn;
-    const char *end = c->in.len ? memchr(buf_at(&c->in), '\n', c->in.len) : NULL;
-
-    if (!end) {
-        if (c->eof || c->in.len > 64) {
-            fprintf(stderr, "agent: %s: nobody listens on port %u in the guest\n", p->forward->target.text,
-                    p->forward->target.port);
-            conn_close(c);
-        }
-        return;
-    }
-    if (memcmp(buf_at(&c->in), "OK", 2) != 0) {
-        fprintf(stderr, "agent: %s: refused\n", p->forward->target.text);
-        conn_close(c);
-        return;
-    }
-    buf_drop(&c->in, (size_t)(end - buf_at(&c->in)) + 1);
-    p->handshake = false;
-    if (p->peer)
-        conn_soon(&p->peer->conn);
-}
-
-static void pump_on_input(struct conn *c)
-{
-    struct pump *p = CONTAINER(c, struct pump, conn);
-
-    if (p->handshake)
-        pump_on_handshake(p);
-    if (p->peer && !p->handshake && c->state == CONN_OPEN) {
-        pump_move(p, p->peer);
-        if (p->peer)
-            pump_move(p->peer, p);
-    }
-}
-
-static void pump_on_sent(struct conn *c)
-{
-    struct pump *p = CONTAINER(c, struct pump, conn);
-    if (p->peer && c->out.len < CONN_OUT_HIGH)
-        conn_soon(&p->peer->conn);
-}
-
-static void pump_on_deadline(struct conn *c)
-{
-    conn_close(c);
-}
-
-static void pump_on_close(struct conn *c)
-{
-    struct pump *p = CONTAINER(c, struct pump, conn), *peer = p->peer;
-
-    if (!peer)
-        return;
-    p->peer = peer->peer = NULL;
-    if (c->in.len > 0 && !p->handshake)     /* its last words */
-        buf_add_span(&peer->conn.out, buf_span(&c->in));
-    conn_finish(&peer->conn);
-}
-
-static void pump_on_free(struct conn *c)
-{
-    free(CONTAINER(c, struct pump, conn));
-}
-
-static const struct proto pump_proto = {
-    .name = "forward", .on_input = pump_on_input, .on_sent = pump_on_sent,
-    .on_deadline = pump_on_deadline, .on_close = pump_on_close, .on_free = pump_on_free,
-    .reads_to_end = true,
-};
 
 static void forward_on_accept(struct listener *l, int fd)
 {
-    struct forward *f = l->arg;
-    struct pump *near = calloc(1, sizeof *near), *far = calloc(1, sizeof *far);
-    int target = near && far ? address_connect(&f->target) : -1;
-
-    if (target < 0) {
-        fprintf(stderr, "agent: %s: %s\n", f->target.text, strerror(errno));
-        fd_close(&fd);
-        free(near);
-        free(far);
-        return;
-    }
-    near->forward = far->forward = f;
-    if (conn_open(&near->conn, f->conns, &pump_proto, fd, CONN_OPEN) < 0) {
-        fd_close(&target);
-        free(near);
-        free(far);
-        return;
-    }
-    if (conn_open(&far->conn, f->conns, &pump_proto, target, CONN_CONNECTING) < 0) {
-        free(far);
-        conn_close(&near->conn);
-        return;
-    }
-    near->peer = far;
-    far->peer = near;
-    if (f->target.kind == ADDRESS_HYBRID) {
-        far->handshake = true;
-        buf_add_format(&far->conn.out, "CONNECT %u\n", f->target.port);
-    }
+    struct pump *near = pump_accept(l->arg, fd);
+    if (near)
+        pump_connect(near);
 }
 
 static int forward_main(int argc, char **argv)
 {
     struct loop loop;
     struct conns conns = { .loop = &loop };
-    struct forward f = { .loop = &loop, .conns = &conns };
+    struct pumps pumps = { .conns = &conns, .on_failed = forward_on_failed };
+    struct listener listener = { .all = &conns, .on_accept = forward_on_accept, .arg = &pumps };
 
     if (argc != 3 || strcmp(argv[1], "--help") == 0) {
         fputs("usage: agent forward LISTEN TARGET\n"
@@ -8959,17 +9107,14 @@ static int forward_main(int argc, char **argv)
               address_forms);
         return argc > 1 && strcmp(argv[1], "--help") == 0 ? EXIT_OK : EXIT_USAGE;
     }
-    if (!address_parse(&f.listener.address, argv[1]) || f.listener.address.kind == ADDRESS_HYBRID)
+    if (!address_parse(&listener.address, argv[1]) || listener.address.kind == ADDRESS_HYBRID)
         die("cannot listen on %s: expected %s", argv[1], address_forms);
-    if (!address_parse(&f.target, argv[2]) || f.target.kind == ADDRESS_FD || f.target.kind == ADDRESS_VSOCK)
+    if (!address_parse(&pumps.target, argv[2]) || pumps.target.kind == ADDRESS_FD || pumps.target.kind == ADDRESS_VSOCK)
         die("cannot connect to %s: expected unix:, tcp: or hybrid:", argv[2]);
     signal(SIGPIPE, SIG_IGN);
-    f.listener.all = &conns;
-    f.listener.on_accept = forward_on_accept;
-    f.listener.arg = &f;
-    if (loop_init(&loop) < 0 || listener_open(&f.listener) < 0)
+    if (loop_init(&loop) < 0 || listener_open(&listener) < 0)
         die("%s: %s", argv[1], strerror(errno));
-    listener_start(&f.listener);
+    listener_start(&listener);
     loop_run(&loop);
     return EXIT_OK;
 }
@@ -8979,7 +9124,7 @@ static int forward_main(int argc, char **argv)
 #define HALT_MARGIN_MS      300     /* of halt_ms: what follows when a volume is still held */
 
 struct options {
-    const char *listen, *http, *ready;      /* addresses; ready: a sandbox, no vsock, no reboot */
+    const char *listen, *http, *ready, *api;    /* addresses; ready: a sandbox, no vsock, no reboot */
 };
 
 struct agent {
@@ -8990,6 +9135,7 @@ struct agent {
     struct setup        setup;
     struct aleph_server aleph;
     struct http_server  http;
+    struct bridge       bridge;
     struct boot         boot;
     struct options      options;
     struct watch        signals;
@@ -9327,9 +9473,15 @@ static void agent_on_ready_said(struct agent *a)
     boot_print(&a->boot);
 }
 
+static void agent_before_launch(struct program *p)
+{
+    bridge_offer(&CONTAINER(p, struct agent, program)->bridge);
+}
+
 static void agent_listen(struct agent *a)
 {
     struct address *wire = &a->aleph.listener.address, *http = &a->http.listener.address;
+    struct address *api = &a->bridge.pumps.target;
 
     a->aleph.loop = a->http.loop = a->conns.loop = &a->loop;
     a->aleph.conns = a->http.conns = &a->conns;
@@ -9341,6 +9493,8 @@ static void agent_listen(struct agent *a)
     a->aleph.owner = a;
     a->aleph.on_halt = agent_on_aleph_halt;
     a->program.on_stopped = halt_on_stopped;
+    a->program.before_launch = agent_before_launch;
+    bridge_init(&a->bridge, &a->loop);
     if (agent_is_sandboxed(a)) {
         address_parse(wire, a->options.listen);
         address_parse(&a->host, a->options.ready);
@@ -9351,24 +9505,30 @@ static void agent_listen(struct agent *a)
         address_vsock(http, VMADDR_CID_ANY, PORT_HTTP);
         a->host = (struct address){ .text = "the host", .fd = -1 };
         address_vsock(&a->host, VMADDR_CID_HOST, PORT_ALEPH);
+        *api = (struct address){ .text = "guest API", .fd = -1 };
+        address_vsock(api, VMADDR_CID_HOST, PORT_API);
     }
     if (aleph_open(&a->aleph) < 0)
         log_errno("listen on %s", wire->text);
     if (a->options.http)
         address_parse(http, a->options.http);
+    if (a->options.api)
+        address_parse(api, a->options.api);
     if (http->text && http_open(&a->http) < 0)
         log_errno("listen on %s", http->text);
 }
 
 static const char init_usage[] =
-    "usage: agent init --listen ADDRESS --ready ADDRESS [--http ADDRESS] [--limit NAME=VALUE]... [--log debug]\n"
+    "usage: agent init --listen ADDRESS --ready ADDRESS [--http ADDRESS] [--api ADDRESS] [--limit NAME=VALUE]...\n"
+    "                  [--log debug]\n"
     "\n"
     "As PID 1 of a machine the agent needs no option. These are for a sandbox (unshare(1)): vsock is\n"
     "not touched, no module is loaded, and halt exits instead of rebooting.\n"
     "\n"
     "  --listen   where the supervisor's instructions come in, instead of vsock port 52\n"
     "  --http     where HTTP requests for the program come in, instead of vsock port 80\n"
-    "  --ready    where to connect to and say that the machine is ready, instead of CID 2 port 52\n";
+    "  --ready    where to connect to and say that the machine is ready, instead of CID 2 port 52\n"
+    "  --api      what " PATH_API_SOCKET " leads to, instead of CID 2 port 53\n";
 
 /* 0, or the exit code of a command line that makes no sense. */
 static int init_options(struct options *o, int argc, char **argv)
@@ -9377,7 +9537,7 @@ static int init_options(struct options *o, int argc, char **argv)
         const char *value = i + 1 < argc ? argv[i + 1] : "";
         struct address parsed;
         bool is_address = strcmp(argv[i], "--listen") == 0 || strcmp(argv[i], "--http") == 0
-                       || strcmp(argv[i], "--ready") == 0;
+                       || strcmp(argv[i], "--ready") == 0 || strcmp(argv[i], "--api") == 0;
         const char *wrong = NULL;
 
         if (is_address && (!address_parse(&parsed, value) || parsed.kind == ADDRESS_VSOCK))
@@ -9388,6 +9548,8 @@ static int init_options(struct options *o, int argc, char **argv)
             o->http = value;
         else if (strcmp(argv[i], "--ready") == 0)
             o->ready = value;
+        else if (strcmp(argv[i], "--api") == 0)
+            o->api = value;
         else if (strcmp(argv[i], "--limit") == 0)
             wrong = limit_set(value);
         else if (strcmp(argv[i], "--log") == 0 && strcmp(value, "debug") == 0)
@@ -9400,7 +9562,7 @@ static int init_options(struct options *o, int argc, char **argv)
         }
         i++;
     }
-    if (!o->ready != !o->listen || (o->http && !o->ready)) {
+    if (!o->ready != !o->listen || ((o->http || o->api) && !o->ready)) {
         fputs(init_usage, stderr);
         return EXIT_USAGE;
     }

@@ -21,6 +21,7 @@
 
 /* ---- vsock ports (vsock(7)); the host is CID 2, VMADDR_CID_HOST ----------------- */
 #define PORT_ALEPH      52      /* host to guest: instructions; guest to host: ready */
+#define PORT_API        53      /* guest to host: the guest API, from PATH_API_SOCKET */
 #define PORT_HTTP       80      /* host to guest: the program, plain HTTP/1.1 */
 
 /* ---- Paths in the guest ---------------------------------------------------------- */
@@ -100,6 +101,7 @@ enum frame_type {
     X(log_ring_bytes,     64 << 10,   4 << 10, 16 << 20, "log kept in memory") \
     /* counts */ \
     X(conns,              16384,      16,      1 << 20, "connections open at once, all fronts") \
+    X(api_conns,          256,        1,       16384,   "connections to the guest API at once; more wait") \
     X(commands,           16,         1,       256,     "!commands at once") \
     X(queue,              1024,       1,       65536,   "requests that wait for the program to start") \
     X(overlay_percent,    50,         1,       95,      "part of RAM that the overlay may fill") \
@@ -120,6 +122,8 @@ enum frame_type {
     X(halt_ms,            4000,       100,     60000,   "halt in all; the host gives 5 s") \
     X(linger_ms,          1000,       0,       60000,   "reading on after an early error, so that it arrives") \
     X(device_ms,          1000,       0,       60000,   "a volume's device to appear") \
+    X(api_wait_ms,        30000,      0,       3600000, "the host's end of the guest API to take a connection") \
+    X(api_idle_ms,        300000,     100,     86400000, "silence of a connection to the guest API") \
     X(ready_retry_ms,     20,         1,       10000,   "between two tries to say ready") \
     X(backoff_ms,         100,        1,       60000,   "first wait before a restart; doubles") \
     X(backoff_max_ms,     10000,      1,       600000,  "longest wait before a restart")
@@ -130,6 +134,7 @@ enum frame_type {
 #define CONF_PREFIX_MAX     9               /* digits of the configuration's length */
 #define CONN_READ_BYTES     (64 << 10)      /* one read, and room kept in an input buffer */
 #define CONN_OUT_HIGH       (128 << 10)     /* past this a client is slow: the program waits */
+#define API_RETRY_MS        20              /* between two tries of the guest API, when few wait */
 #define HOSTNAME_MAX        63              /* one DNS label */
 #define HOSTS_BYTES_MAX     (1 << 20)       /* of /etc/hosts; a longer one is left alone */
 #define VOLUME_DEVICE_MAX   31              /* bytes of a volume's device name (BDEVNAME_SIZE) */

@@ -1498,7 +1498,8 @@ static void test_aleph_deadlines(void)
 
 struct relay {
     struct bench   bench;
-    struct forward forward;
+    struct pumps   pumps;
+    struct listener listener;
     int            server, near, far;           /* the test's ends */
     char           path[64], text[80];
 };
@@ -1514,10 +1515,10 @@ static void relay_open(struct relay *r)
     unlink(r->path);
     r->server = socket(AF_UNIX, SOCK_STREAM, 0);
     check(bind(r->server, (void *)&un, sizeof un) == 0 && listen(r->server, 5) == 0, "a host's end");
-    r->forward = (struct forward){ .loop = &r->bench.loop, .conns = &r->bench.conns };
-    r->forward.listener.arg = &r->forward;
-    check(address_parse(&r->forward.target, r->text), "its address");
-    r->near = bench_connect(&r->bench, forward_on_accept, &r->forward.listener);
+    r->pumps = (struct pumps){ .conns = &r->bench.conns, .on_failed = forward_on_failed };
+    r->listener = (struct listener){ .arg = &r->pumps };
+    check(address_parse(&r->pumps.target, r->text), "its address");
+    r->near = bench_connect(&r->bench, forward_on_accept, &r->listener);
     r->far = accept4(r->server, NULL, NULL, SOCK_NONBLOCK);
     bench_run(&r->bench);
     check_text("CONNECT goes first", "CONNECT 80\n", bench_answer(r->far));
