@@ -184,10 +184,10 @@ def leaves():
     heard = []
     with Host(HOST, lambda s, _: heard.append(read_all(s))):
         end = time.monotonic() + 5
-        while len(heard) < 50 and time.monotonic() < end:
+        while len(set(heard) - {b""}) < 50 and time.monotonic() < end:
             time.sleep(0.01)
-    check("70: absent: what was said by who has gone since arrives", sorted(heard) == [b"last words %02d" % i for i in range(50)],
-          sorted(heard))
+    heard = sorted(text for text in heard if text)      # some come late enough to say nothing to somebody
+    check("70: absent: what was said by who has gone since arrives", heard == [b"last words %02d" % i for i in range(50)], heard)
 
 
 def refusing():

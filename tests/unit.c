@@ -1165,14 +1165,21 @@ static void bench_fini(struct bench *b)
     loop_fini(&b->loop);
 }
 
-static int bench_connect(struct bench *b, void (*accept)(struct listener *, int), struct listener *l)
+static int bench_connect_to(struct loop *loop, void (*accept)(struct listener *, int), struct listener *l)
 {
     int ends[2];
 
     check(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, ends) == 0, "a socket pair");
     accept(l, ends[1]);
-    bench_run(b);
+    loop_turn(loop);
     return ends[0];
+}
+
+static int bench_connect(struct bench *b, void (*accept)(struct listener *, int), struct listener *l)
+{
+    int fd = bench_connect_to(&b->loop, accept, l);
+    bench_run(b);
+    return fd;
 }
 
 /* Sends in pieces of that size and lets the loop run after each. */
@@ -1748,14 +1755,14 @@ static bool vsock_was_asked(void)
 static void test_no_vsock(void)
 {
     static struct agent a;
-    char wire[64], http[64], ready[64];
+    char wire[64], http[64], ready[64], api[] = "unix:/nowhere/api";
 
     snprintf(wire, sizeof wire, "unix:/tmp/unit-%d.wire", (int)getpid());
     snprintf(http, sizeof http, "unix:/tmp/unit-%d.http", (int)getpid());
     snprintf(ready, sizeof ready, "unix:/tmp/unit-%d.ready", (int)getpid());
     for (int sandboxed = 1; sandboxed >= 0; sandboxed--) {
         a = (struct agent){ .ready_timer = { .fd = -1, .on_deadline = ready_try } };
-        char *argv[] = { "init", "--listen", wire, "--http", http, "--ready", ready };
+        char *argv[] = { "init", "--listen", wire, "--http", http, "--ready", ready, "--api", api };
         if (sandboxed)
             check(init_options(&a.options, COUNT(argv), argv) == 0, "the options of a sandbox");
         check(loop_init(&a.loop) == 0, "a loop");
@@ -1764,10 +1771,15 @@ static void test_no_vsock(void)
         asked_len = 0;
         log_forget();
         agent_listen(&a);
+        for (int i = 0; i < 3; i++) {
+            close(bench_connect_to(&a.loop, bridge_on_accept, &a.bridge.listener));
+            loop_turn(&a.loop);
+        }
+        check_number("the guest API's connections are gone", 0, a.bridge.open);
         a.ready_said = false;
         for (int i = 0; i < 3; i++)
             ready_try(&a.ready_timer);
-        check(asked_len >= 4, "sockets were asked for: %zu", asked_len);
+        check(asked_len >= 7, "sockets were asked for: %zu", asked_len);
         check(vsock_was_asked() == !sandboxed, sandboxed ? "AF_VSOCK is reachable in a sandbox" : "the control asks for it");
         loop_never(&a.loop, &a.ready_timer);
         if (sandboxed) {
@@ -1788,7 +1800,8 @@ static void test_init_options(void)
         { { "--listen", "vsock:52", "--ready", "unix:/b" }, EXIT_USAGE },
         { { "--listen", "unix:/a", "--ready", "vsock:52" }, EXIT_USAGE },
         { { "--listen", "unix:/a" }, EXIT_USAGE }, { { "--ready", "unix:/a" }, EXIT_USAGE },
-        { { "--http", "unix:/a" }, EXIT_USAGE }, { { "--listen" }, EXIT_USAGE }, { { "--limit", "conns=1" }, EXIT_USAGE },
+        { { "--http", "unix:/a" }, EXIT_USAGE }, { { "--api", "unix:/a" }, EXIT_USAGE },
+        { { "--listen", "unix:/a", "--ready", "unix:/b", "--api", "vsock:53" }, EXIT_USAGE }, { { "--listen" }, EXIT_USAGE }, { { "--limit", "conns=1" }, EXIT_USAGE },
         { { "--limit", "nothing=1" }, EXIT_USAGE }, { { "--what", "ever" }, EXIT_USAGE }, { { NULL }, 0 },
         { { "--listen", "unix:/a", "--ready", "unix:/b", "--http", "vsock:80" }, EXIT_USAGE },
     };
