@@ -18,7 +18,7 @@
  *     whoever caused it and once in the log.
  *
  * Sections, each using only those above it (grep '^/\* ====' agent.c):
- *   log sys buf loop text mp conf boot net zip vol child conn exchange worker program job setup
+ *   log sys buf loop text mp conf boot net zip vol child conn exchange worker node program job setup
  *   aleph http pump bridge call forward init main
  */
 #define _GNU_SOURCE
@@ -496,31 +496,49 @@ static const char *buf_text(struct buf *b)
     return buf_at(b);
 }
 
-/* The whole of a small file, at most `most` bytes; -1 and errno (EFBIG: larger). */
-static int file_load(const char *path, struct buf *out, size_t most)
+/* All that fd gives, at most `most` bytes; -1 and errno (EFBIG: more). */
+static int fd_load(int fd, struct buf *out, size_t most)
 {
-    int rc = -1, fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-        return -1;
     for (;;) {
         size_t part = out->len < 512 ? 512 : out->len;  /* a fresh page costs a boot a millisecond */
         char *to = buf_room(out, part);
         if (!to) {
             errno = ENOMEM;
-            break;
+            return -1;
         }
         ssize_t n = SYS_READ(fd, to, part);
         if (n < 0 && errno == EINTR)
             continue;
-        if (n <= 0) {
-            rc = (int)n;
-            break;
-        }
+        if (n <= 0)
+            return (int)n;
         buf_added(out, (size_t)n);
         if (out->len > most) {
             errno = EFBIG;
-            break;
+            return -1;
         }
+    }
+}
+
+/* The whole of a small file. */
+static int file_load(const char *path, struct buf *out, size_t most)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int rc = fd < 0 ? -1 : fd_load(fd, out, most);
+
+    fd_close(&fd);
+    return rc;
+}
+
+/* As file_load, where a program could have put a FIFO or a device, which may never end
+ * (open(2), O_NONBLOCK): EINVAL. */
+static int file_load_regular(const char *path, struct buf *out, size_t most)
+{
+    struct stat st;
+    int rc = -1, fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+
+    if (fd >= 0 && fstat(fd, &st) == 0) {
+        errno = EINVAL;
+        rc = S_ISREG(st.st_mode) ? fd_load(fd, out, most) : -1;
     }
     fd_close(&fd);
     return rc;
@@ -5475,6 +5493,290 @@ static void worker_kill(struct worker *w)
     child_signal(&w->child, SIGKILL);
 }
 
+/* ==== node: which Node runs a program ============================================
+ * A program may pin its Node: nvm reads .nvmrc, npm calls it engines.node in package.json.
+ * Either is a range of versions (npm's semver): alternatives between "||", each some
+ * comparators that all hold, and every comparator is one interval. */
+struct node_pin {
+    const char *from;                   /* where it stands, for people; NULL: there is none */
+    char        text[NODE_PIN_MAX + 1];
+    char        range[512];             /* the same without nvm's words; "": any version */
+    bool        in_path;                /* nvm's "system" */
+};
+
+struct node_partial {                   /* as 18.x */
+    uint64_t part[3];
+    size_t   given;                     /* how many of them are numbers */
+    bool     prerelease;
+};
+
+struct node_range { uint64_t from, below; };
+
+static uint64_t node_version(uint64_t major, uint64_t minor, uint64_t patch)
+{
+    return major << 40 | minor << 20 | patch;
+}
+
+/* Takes a version or a part of one. False: none is there. */
+static bool node_take_partial(const char **at, struct node_partial *p)
+{
+    const char *s = *at + strspn(*at, "v= \t");
+    int64_t number;
+
+    *p = (struct node_partial){ 0 };
+    for (size_t i = 0; i < COUNT(p->part); i++) {
+        struct span digits = { s, strspn(s, "0123456789") };
+        if (number_read(digits, 0, NODE_PART_MAX, &number)) {
+            if (p->given == i)          /* after an x no number counts */
+                p->part[p->given++] = (uint64_t)number;
+            s += digits.n;
+        } else if (*s && strchr("xX*", *s)) {
+            s++;
+        } else {
+            return false;
+        }
+        if (i + 1 == COUNT(p->part) || *s != '.')
+            break;
+        s++;
+    }
+    p->prerelease = *s == '-';
+    if (*s == '-' || *s == '+')
+        s += strcspn(s, " \t|");
+    *at = s;
+    return !*s || strchr(" \t|<>=~^", *s);
+}
+
+/* What `op` and a version, perhaps a part of one, mean. or_equal: as in <= and >=. */
+static struct node_range node_comparator(char op, bool or_equal, const struct node_partial *p)
+{
+    const uint64_t *v = p->part;
+    uint64_t from = node_version(v[0], v[1], v[2]);
+    /* The first version past those that share the first 0, 1, 2, 3 parts. */
+    uint64_t past[] = { UINT64_MAX, node_version(v[0] + 1, 0, 0), node_version(v[0], v[1] + 1, 0), from + 1 };
+    uint64_t below = past[p->given];
+    size_t fixed = 0;
+
+    switch (op) {
+    case '<':
+        return (struct node_range){ 0, or_equal && !p->prerelease ? below : from };
+    case '>':
+        return (struct node_range){ or_equal || p->prerelease ? from : below, UINT64_MAX };
+    case '~':                           /* the patch may differ */
+        return (struct node_range){ from, past[p->given < 2 ? p->given : 2] };
+    case '^':                           /* what follows the first part that is not 0 may */
+        while (fixed < p->given && v[fixed++] == 0)
+            ;
+        return (struct node_range){ from, past[fixed] };
+    default:
+        return (struct node_range){ from, below };
+    }
+}
+
+/* Whether the range has the version; -1: it is no range. */
+static int node_range_has(const char *range, uint64_t version)
+{
+    bool any = false, all = true;
+
+    for (const char *s = range + strspn(range, " \t"); ; s += strspn(s, " \t")) {
+        if (!*s || strncmp(s, "||", 2) == 0) {
+            any = any || all;
+            all = true;
+            if (!*s)
+                return any;
+            s += 2;
+            continue;
+        }
+        struct node_partial p, last;
+        char op = strchr("<>~^", *s) ? *s++ : '=';
+        bool or_equal = (op == '<' || op == '>') && *s == '=';
+        s += op == '~' && *s == '>';    /* an old way to write ~ */
+        if (!node_take_partial(&s, &p))
+            return -1;
+        struct node_range r = node_comparator(op, or_equal, &p);
+        const char *dash = s + strspn(s, " \t");
+        if (op == '=' && dash > s && dash[0] == '-' && (dash[1] == ' ' || dash[1] == '\t')) {
+            s = dash + 1;
+            if (!node_take_partial(&s, &last))
+                return -1;
+            r.below = node_comparator('<', true, &last).below;
+        }
+        all = all && version >= r.from && version < r.below;
+    }
+}
+
+/* nvm's words as a range; anything else stays. */
+static void node_pin_translate(struct node_pin *pin)
+{
+    static const char *const any[] = { "node", "stable", "latest", "current" };
+    static const char *const lines[] = {    /* of long-term support: every even major from 4 on */
+        "argon", "boron", "carbon", "dubnium", "erbium", "fermium", "gallium", "hydrogen", "iron", "jod", "krypton" };
+    bool lts = strcmp(pin->text, "lts/*") == 0;
+    size_t len = 0;
+
+    snprintf(pin->range, sizeof pin->range, "%s", pin->text);
+    pin->in_path = strcmp(pin->text, "system") == 0;
+    for (size_t i = 0; i < COUNT(any); i++)
+        if (strcmp(pin->text, any[i]) == 0 || pin->in_path)
+            pin->range[0] = '\0';
+    for (int major = 4; lts && major < NODE_LTS_MAX; major += 2)
+        len += (size_t)snprintf(pin->range + len, sizeof pin->range - len, "%s%d", len ? "||" : "", major);
+    for (size_t i = 0; i < COUNT(lines); i++)
+        if (strncmp(pin->text, "lts/", 4) == 0 && strcasecmp(pin->text + 4, lines[i]) == 0)
+            snprintf(pin->range, sizeof pin->range, "%zu", 4 + 2 * i);
+}
+
+/* The first line of .nvmrc that is neither empty nor a comment. */
+static struct span node_nvmrc_line(struct span text)
+{
+    for (size_t step; text.n > 0; text.p += step, text.n -= step) {
+        const char *end = memchr(text.p, '\n', text.n);
+        struct span line = { text.p, end ? (size_t)(end - text.p) : text.n };
+        const char *comment = memchr(line.p, '#', line.n);
+        step = line.n + (end != NULL);
+        if (comment)
+            line.n = (size_t)(comment - line.p);
+        while (line.n > 0 && isspace((unsigned char)line.p[line.n - 1]))
+            line.n--;
+        for (; line.n > 0 && isspace((unsigned char)line.p[0]); line.p++)
+            line.n--;
+        if (line.n > 0)
+            return line;
+    }
+    return text;
+}
+
+/* Sets the pin to what stands in a file of the program. -1: it cannot be one, why says it. */
+static int node_pin_set(struct node_pin *pin, const char *from, struct span text, struct buf *why)
+{
+    bool printable = true;
+
+    for (size_t i = 0; i < text.n; i++)
+        printable = printable && text.p[i] >= 0x20 && text.p[i] < 0x7f;
+    if (!printable || text.n > NODE_PIN_MAX) {
+        buf_add_format(why, "%s is no version of Node", from);
+        return -1;
+    }
+    pin->from = from;
+    snprintf(pin->text, sizeof pin->text, "%.*s", (int)text.n, text.p);
+    node_pin_translate(pin);
+    if (node_range_has(pin->range, 0) >= 0)
+        return 0;
+    buf_add_format(why, "%s is no version of Node: %s", from, pin->text);
+    return -1;
+}
+
+/* 1: loaded, 0: there is none, -1: why says what is wrong. */
+static int node_file_load(const char *folder, const char *name, struct buf *text, struct buf *why)
+{
+    char path[PATH_MAX];
+
+    if (snprintf(path, sizeof path, "%s/%s", folder, name) >= (int)sizeof path)
+        return 0;
+    if (file_load_regular(path, text, NODE_FILE_MAX) == 0)
+        return 1;
+    if (errno == ENOENT || errno == ENOTDIR)
+        return 0;
+    buf_add_format(why, "%s: %s", name, errno == EINVAL ? "no regular file" : strerror(errno));
+    return -1;
+}
+
+static int node_package_pin(struct span text, struct node_pin *pin, struct buf *why)
+{
+    yyjson_read_err wrong;
+    size_t bom = text.n >= 3 && memcmp(text.p, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
+    yyjson_doc *doc = yyjson_read_opts((char *)(uintptr_t)text.p + bom, text.n - bom, 0, NULL, &wrong);
+    int rc = 0;
+
+    if (!doc) {
+        buf_add_format(why, "package.json: byte %zu: %s", wrong.pos + bom, wrong.msg);
+        return -1;
+    }
+    yyjson_val *node = yyjson_obj_get(yyjson_obj_get(yyjson_doc_get_root(doc), "engines"), "node");
+    if (yyjson_is_str(node))
+        rc = node_pin_set(pin, "engines.node in package.json",
+                          (struct span){ yyjson_get_str(node), yyjson_get_len(node) }, why);
+    yyjson_doc_free(doc);
+    return rc;
+}
+
+static int node_pin_read(const char *folder, struct node_pin *pin, struct buf *why)
+{
+    struct buf text = { 0 };
+    int rc = node_file_load(folder, ".nvmrc", &text, why);
+
+    if (rc > 0)
+        rc = node_pin_set(pin, ".nvmrc", node_nvmrc_line(buf_span(&text)), why);
+    else if (rc == 0 && (rc = node_file_load(folder, "package.json", &text, why)) > 0)
+        rc = node_package_pin(buf_span(&text), pin, why);
+    buf_fini(&text);
+    return rc;
+}
+
+/* The highest version below nvm_dir that the range has; there lists those it has not. */
+static bool node_best(const char *nvm_dir, const char *range, char *out, size_t size, struct buf *there)
+{
+    char path[PATH_MAX];
+    uint64_t best = 0;
+    int looked = 0;
+
+    if (snprintf(path, sizeof path, "%s/versions/node", nvm_dir) >= (int)sizeof path)
+        return false;
+    DIR *d = opendir(path);
+    for (struct dirent *e; d && looked < NODE_VERSIONS_MAX && (e = readdir(d)); looked++) {
+        struct node_partial p;
+        const char *at = e->d_name;
+        if (*at != 'v' || !node_take_partial(&at, &p) || *at || p.given < COUNT(p.part) || p.prerelease
+            || snprintf(path, sizeof path, "%s/versions/node/%s/bin/node", nvm_dir, e->d_name) >= (int)sizeof path
+            || access(path, X_OK) < 0)
+            continue;
+        uint64_t version = node_version(p.part[0], p.part[1], p.part[2]);
+        if (node_range_has(range, version) > 0 && version >= best && strlen(path) < size) {
+            best = version;
+            memcpy(out, path, strlen(path) + 1);
+        }
+        if (there->len < NODE_LIST_MAX)
+            buf_add_format(there, "%s%s", there->len ? ", " : "", e->d_name);
+    }
+    if (d)
+        closedir(d);
+    return best > 0;
+}
+
+/* The first executable file of that name in PATH_PATH. False: there is none. */
+static bool program_find(const char *name, char *out, size_t size)
+{
+    for (const char *at = PATH_PATH; *at; at += strcspn(at, ":"), at += *at == ':') {
+        snprintf(out, size, "%.*s/%s", (int)strcspn(at, ":"), at, name);
+        if (access(out, X_OK) == 0)
+            return true;
+    }
+    return false;
+}
+
+/* The Node for the program in the folder: the highest of nvm's that meets its pin, or where
+ * nvm has none at all, the one in PATH_PATH. nvm_dir may be NULL. False: why says it. */
+__attribute__((unused))
+static bool node_find(const char *folder, const char *nvm_dir, char *out, size_t size, struct buf *why)
+{
+    struct node_pin pin = { 0 };
+    struct buf there = { 0 };
+
+    if (node_pin_read(folder, &pin, why) < 0)
+        return false;
+    if (!nvm_dir)
+        nvm_dir = access(PATH_NVM_HOME, X_OK) == 0 ? PATH_NVM_HOME : PATH_NVM_OPT;
+    bool found = !pin.in_path && node_best(nvm_dir, pin.range, out, size, &there);
+    if (!found && there.len > 0) {
+        buf_add_format(why, "%s asks for Node %s, %s has %s", pin.from, pin.text, nvm_dir, buf_text(&there));
+    } else if (!found && !(found = program_find("node", out, size))) {
+        buf_add_format(why, "there is no node in " PATH_PATH " and none in %s", nvm_dir);
+    } else if (pin.from && !pin.in_path && there.len == 0) {
+        log_info("%s asks for Node %s: %s is all there is", pin.from, pin.text, out);
+    }
+    buf_fini(&there);
+    return found;
+}
+
 /* ==== program: the user's code, its launch, its restarts, as one =================
  * At most one worker is current; others, already killed, are only waited for. Requests
  * that come while the program starts or waits for its restart queue up here. */
@@ -5508,17 +5810,6 @@ struct program {
 };
 
 /* ---- how Python is launched ---- */
-
-/* The first executable file of that name in PATH_PATH. False: there is none. */
-static bool program_find(const char *name, char *out, size_t size)
-{
-    for (const char *at = PATH_PATH; *at; at += strcspn(at, ":"), at += *at == ':') {
-        snprintf(out, size, "%.*s/%s", (int)strcspn(at, ":"), at, name);
-        if (access(out, X_OK) == 0)
-            return true;
-    }
-    return false;
-}
 
 static bool folder_has(const char *folder, const char *pattern)
 {

@@ -36,6 +36,8 @@
 #define PATH_CGROUP     "/sys/fs/cgroup"
 #define PATH_PATH       "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #define PATH_LIBS       "/opt/aleph/libs"       /* PYTHONPATH of every Python program */
+#define PATH_NVM_HOME   "/root/.nvm"            /* where Node versions are, if NVM_DIR is not set: */
+#define PATH_NVM_OPT    "/opt/nvm"              /* the first of these that is there */
 
 /* ---- Frames between the agent and a Python worker ---------------------------------
  * A Unix stream socket, fd 3 of the worker. Each frame is a header of 12 bytes, little
@@ -135,6 +137,12 @@ enum frame_type {
 #define CONN_READ_BYTES     (64 << 10)      /* one read, and room kept in an input buffer */
 #define CONN_OUT_HIGH       (128 << 10)     /* past this a client is slow: the program waits */
 #define API_RETRY_MS        20              /* between two tries of the guest API, when few wait */
+#define NODE_FILE_MAX       (256 << 10)     /* .nvmrc and package.json, each */
+#define NODE_PIN_MAX        255             /* characters of the version that a program asks for */
+#define NODE_PART_MAX       999999          /* each of the three numbers of a version */
+#define NODE_LTS_MAX        100             /* majors that may have long-term support are below */
+#define NODE_VERSIONS_MAX   1024            /* installed versions that are looked at */
+#define NODE_LIST_MAX       400             /* characters of them in an error, about */
 #define HOSTNAME_MAX        63              /* one DNS label */
 #define HOSTS_BYTES_MAX     (1 << 20)       /* of /etc/hosts; a longer one is left alone */
 #define VOLUME_DEVICE_MAX   31              /* bytes of a volume's device name (BDEVNAME_SIZE) */

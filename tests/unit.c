@@ -1823,6 +1823,129 @@ static void test_init_options(void)
     close(quiet);
 }
 
+/* ---- node ---- */
+
+static void test_node_ranges(void)
+{
+    /* Versions that the range has, then those it has not; -1 for "it is no range" is "!". */
+    static const struct { const char *range, *has, *lacks; } table[] = {
+        { "18", "18.0.0 18.20.8", "17.9.9 19.0.0" }, { "v18.17.0", "18.17.0", "18.17.1 18.16.9" },
+        { "=18.2", "18.2.0 18.2.9", "18.3.0 18.1.9" }, { "18.x", "18.0.0 18.9.9", "19.0.0" }, { "18.2.x", "18.2.3", "18.3.0" },
+        { "x.2.3", "1.0.0 18.0.0", "" }, { "*", "0.0.1 24.1.0", "" }, { "", "0.0.1 24.1.0", "" }, { "X", "18.0.0", "" },
+        { ">=14", "14.0.0 24.0.0", "13.9.9" }, { ">14", "15.0.0", "14.0.0 14.21.3" }, { ">14.2", "14.3.0", "14.2.9" },
+        { "> 14.2.1", "14.2.2", "14.2.1" }, { "<14", "13.9.9", "14.0.0" }, { "<=14", "14.21.3", "15.0.0" },
+        { "<= 14.2", "14.2.9", "14.3.0" }, { "<14.2.1", "14.2.0", "14.2.1" }, { ">*", "", "1.0.0" }, { "<*", "", "1.0.0" },
+        { "^18.2.0", "18.2.0 18.9.0", "18.1.9 19.0.0" }, { "^18", "18.0.0 18.9.9", "19.0.0" }, { "^0.2.3", "0.2.3 0.2.9", "0.2.2 0.3.0" },
+        { "^0.0.3", "0.0.3", "0.0.2 0.0.4" }, { "^0.0", "0.0.9", "0.1.0" }, { "^0", "0.9.9", "1.0.0" }, { "^*", "9.0.0", "" },
+        { "~16.3", "16.3.0 16.3.9", "16.2.9 16.4.0" }, { "~16.3.2", "16.3.2 16.3.9", "16.3.1 16.4.0" }, { "~16", "16.9.9", "17.0.0" },
+        { "~> 16.3", "16.3.9", "16.4.0" }, { "~*", "1.0.0", "" },
+        { "14 || 16", "14.1.0 16.9.0", "15.0.0 17.0.0" }, { "^14.17||>=16", "14.17.0 16.0.0 20.0.0", "14.16.0 15.0.0" },
+        { "18 ||", "18.0.0 1.0.0", "" }, { ">=14 <19", "14.0.0 18.9.9", "13.0.0 19.0.0" }, { ">=14<19", "18.9.9", "19.0.0" },
+        { "14 - 16", "14.0.0 16.9.9", "13.9.9 17.0.0" }, { "14.2 - 16.3.1 || 20", "14.2.0 16.3.1 20.1.0", "14.1.9 16.3.2 18.0.0" },
+        { ">=18 <16", "", "14.0.0 17.0.0 18.0.0" }, { ">=18.0.0-rc.1", "18.0.0", "17.9.9" }, { "<19.0.0-0", "18.9.9", "19.0.0" },
+        { ">18.0.0-rc.1", "18.0.0", "17.9.9" }, { "<=18.0.0-rc", "17.9.9", "18.0.0" }, { "18.1.0+build.5", "18.1.0", "18.1.1" },
+        { "\t>= v14.0.0 ", "14.0.0", "13.0.0" }, { "999999.999999.999999", "999999.999999.999999", "999999.999999.999998" },
+    };
+    static const char *const none[] = { "lts", "18.", "18..1", ".1", "v", ">=", "18 - ", "18 -", "18 | 19", "|", "a", "18a", "18.1.2.3",
+        "1000000", "99999999999999999999", "18 || b", "^", "~>", "=>14", "14 -16x", "18,19", "<>1" };
+    struct node_partial p;
+
+    EACH(i, table)
+        for (int lacks = 0; lacks < 2; lacks++)
+            for (const char *at = lacks ? table[i].lacks : table[i].has; *at; at += strspn(at, " ")) {
+                const char *version = at;
+                check(node_take_partial(&at, &p) && p.given == 3, "a version: %s", version);
+                check_number(table[i].range, !lacks, node_range_has(table[i].range, node_version(p.part[0], p.part[1], p.part[2])));
+            }
+    EACH(i, none)
+        check_number(none[i], -1, node_range_has(none[i], 0));
+}
+
+static void node_test_file(const char *folder, const char *name, const char *text, mode_t mode)
+{
+    char path[PATH_MAX], parent[PATH_MAX];
+
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    snprintf(parent, sizeof parent, "%.*s", (int)(strrchr(path, '/') - path), path);
+    check(mkdir_all(parent, 0755) == 0 && file_write(path, text, strlen(text), mode) == 0, "%s can be written", path);
+}
+
+static void test_node_find(void)
+{
+    static const struct { const char *nvmrc, *package, *found, *why; } table[] = {
+        { NULL, NULL, "v22.1.0", "" }, { "18\n", NULL, "v18.20.8", "" }, { "v18.9.0", NULL, "v18.9.0", "" },
+        { "# why\n\n  lts/hydrogen # and here\r\n20\n", NULL, "v18.20.8", "" }, { "lts/Iron", NULL, NULL, ".nvmrc asks for Node lts/Iron, " },
+        { "lts/*", NULL, "v22.1.0", "" }, { "node", NULL, "v22.1.0", "" }, { "stable", NULL, "v22.1.0", "" }, { "", NULL, "v22.1.0", "" },
+        { "lts/nothing", NULL, NULL, ".nvmrc is no version of Node: lts/nothing" }, { "\xff", NULL, NULL, ".nvmrc is no version of Node" },
+        { "14", "{\"engines\": {\"node\": \"18\"}}", "v14.21.3", "" },
+        { NULL, "{\"engines\": {\"node\": \">=14 <19\"}}", "v18.20.8", "" },
+        { NULL, "\xef\xbb\xbf{\"engines\": {\"node\": \"^18.0.0 || ^14\"}}", "v18.20.8", "" },
+        { NULL, "{\"engines\": {\"npm\": \"9\"}}", "v22.1.0", "" }, { NULL, "{\"engines\": [\"node 18\"]}", "v22.1.0", "" },
+        { NULL, "[]", "v22.1.0", "" }, { NULL, "{\"engines\": {\"node\": 18}}", "v22.1.0", "" },
+        { NULL, "{\"engines\": {\"node\": \"17\"}}", NULL, "engines.node in package.json asks for Node 17, " },
+        { NULL, "{\"engines\": {\"node\": \"new\"}}", NULL, "engines.node in package.json is no version of Node: new" },
+        { NULL, "{", NULL, "package.json: byte " }, { NULL, "", NULL, "package.json: byte " },
+    };
+    char folder[] = "/tmp/unit-node.XXXXXX", code[64], nvm[64], none[64], path[PATH_MAX], out[PATH_MAX];
+    struct buf why = { 0 };
+
+    check(mkdtemp(folder) != NULL, "a folder");
+    snprintf(code, sizeof code, "%s/code", folder);
+    snprintf(nvm, sizeof nvm, "%s/nvm", folder);
+    snprintf(none, sizeof none, "%s/none", folder);
+    node_test_file(nvm, "versions/node/v14.21.3/bin/node", "", 0755);
+    node_test_file(nvm, "versions/node/v18.9.0/bin/node", "", 0755);
+    node_test_file(nvm, "versions/node/v18.20.8/bin/node", "", 0755);
+    node_test_file(nvm, "versions/node/v22.1.0/bin/node", "", 0755);
+    node_test_file(nvm, "versions/node/v24.0.0-rc.1/bin/node", "", 0755);
+    node_test_file(nvm, "versions/node/v23.0.0/bin/node", "", 0644);
+    node_test_file(nvm, "versions/node/v25/bin/node", "", 0755);
+    node_test_file(nvm, "versions/node/26.0.0/bin/node", "", 0755);
+    EACH(i, table) {
+        static const char *const names[] = { ".nvmrc", "package.json" };
+        for (int k = 0; k < 2; k++) {
+            const char *text = k ? table[i].package : table[i].nvmrc;
+            snprintf(path, sizeof path, "%s/%s", code, names[k]);
+            unlink(path);
+            if (text)
+                node_test_file(code, names[k], text, 0644);
+        }
+        check_number("found", table[i].found != NULL, node_find(code, nvm, out, sizeof out, &why));
+        if (table[i].found) {
+            snprintf(path, sizeof path, "%s/versions/node/%s/bin/node", nvm, table[i].found);
+            check_text("the Node", path, out);
+            check(why.len == 0, "no reason: %s", buf_text(&why));
+        } else {
+            check(strncmp(buf_text(&why), table[i].why, strlen(table[i].why)) == 0, "expected %s, got %s", table[i].why, buf_text(&why));
+        }
+        buf_fini(&why);
+    }
+    /* An unmet pin names what there is. */
+    node_test_file(code, ".nvmrc", "4.5", 0644);
+    check(!node_find(code, nvm, out, sizeof out, &why), "4.5 is not there");
+    check(strstr(buf_text(&why), "v14.21.3") && strstr(buf_text(&why), "v22.1.0") && strstr(buf_text(&why), nvm),
+          "it says what there is: %s", buf_text(&why));
+    buf_fini(&why);
+    /* Without nvm it is the one in PATH, whatever the pin, and so it is for "system". */
+    bool in_path = program_find("node", path, sizeof path);
+    check(node_find(code, none, out, sizeof out, &why) == in_path && (in_path ? strcmp(out, path) == 0 : why.len > 0), "PATH without nvm");
+    node_test_file(code, ".nvmrc", "system", 0644);
+    buf_fini(&why);
+    check(node_find(code, nvm, out, sizeof out, &why) == in_path && (!in_path || strcmp(out, path) == 0), "system");
+    buf_fini(&why);
+    /* What a program may have put there: a FIFO, a device, a folder, far too much. */
+    snprintf(path, sizeof path, "%s/.nvmrc", code);
+    for (int kind = 0; kind < 4; kind++) {
+        remove(path);
+        check(kind == 0 ? mkfifo(path, 0644) == 0 : kind == 1 ? symlink("/dev/zero", path) == 0
+            : kind == 2 ? mkdir(path, 0755) == 0 : (node_test_file(code, ".nvmrc", "18", 0644), truncate(path, NODE_FILE_MAX + 1)) == 0, "kind %d", kind);
+        check(!node_find(code, nvm, out, sizeof out, &why) && strncmp(buf_text(&why), ".nvmrc: ", 8) == 0, "kind %d: %s", kind, buf_text(&why));
+        buf_fini(&why);
+    }
+    snprintf(path, sizeof path, "rm -r %s", folder);
+    check(system(path) == 0, "the folder goes");
+}
+
 #include "unit_zip.c"
 
 /* ==== all ======================================================================== */
@@ -1836,7 +1959,7 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
     TEST(zip), TEST(describe), TEST(output_lines), TEST(output_flood), TEST(address), TEST(interest), TEST(http_heads),
     TEST(http_request), TEST(http_phrases), TEST(response_head), TEST(field_next), TEST(aleph_request), TEST(aleph_text),
     TEST(aleph_deadlines), TEST(forward), TEST(read_faults), TEST(conn_faults), TEST(output_faults), TEST(accept_full),
-    TEST(accept_interrupted), TEST(no_vsock), TEST(init_options),
+    TEST(accept_interrupted), TEST(no_vsock), TEST(init_options), TEST(node_ranges), TEST(node_find),
 };
 
 int main(int argc, char **argv)
