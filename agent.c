@@ -8507,10 +8507,9 @@ static const char call_usage[] =
     "  --timeout SECONDS    give up after this long (120)\n"
     "\n"
     "configure: a folder is packed, __pycache__ and .git left out; a file is the program's only source, or\n"
-    "an archive if it ends with .zip.\n"
+    "an archive if it ends with .zip; - is code that is squashfs on the guest's disk " CODE_DEVICE ".\n"
     "  --env NAME=VALUE     a variable of the program; may be repeated\n"
-    "  --encoding NAME      plain or zip, if the name of the file does not tell; squashfs, the folder being -:\n"
-    "                       the code is on the guest's disk " CODE_DEVICE "\n"
+    "  --encoding NAME      plain or zip, if the name of the file does not tell\n"
     "  --interface NAME     asgi (the default) or executable\n"
     "  --input DIR|FILE     data for /data, packed like a program\n"
     "  --volume DEVICE:DIR[:rw][:trusted]   a disk of the guest and where it goes; read-only, no setuid and\n"
@@ -9069,15 +9068,15 @@ static int call_write_configuration(struct call *c, struct buf *map)
 {
     struct buf code = { 0 }, input = { 0 };
     const char *input_path = call_value(c, "--input", NULL);
-    bool plain, input_plain;
-    int rc = call_load(c, c->words[0], &code, &plain);
+    bool plain = false, input_plain, on_disk = strcmp(c->words[0], "-") == 0;
+    int rc = on_disk ? 0 : call_load(c, c->words[0], &code, &plain);
 
     if (rc == 0 && input_path)
         rc = call_load(c, input_path, &input, &input_plain);
     if (rc == 0) {
         mp_write_map(map, 14);
         call_write_bytes(map, "code", buf_span(&code));
-        call_write_text(map, "encoding", call_value(c, "--encoding", plain ? "plain" : "zip"));
+        call_write_text(map, "encoding", call_value(c, "--encoding", on_disk ? "squashfs" : plain ? "plain" : "zip"));
         call_write_text(map, "entrypoint", c->words[1]);
         call_write_text(map, "interface", call_value(c, "--interface", "asgi"));
         call_write_text(map, "vm_hash", call_value(c, "--hash", NULL));
