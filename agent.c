@@ -19,7 +19,7 @@
  *
  * Sections, each using only those above it (grep '^/\* ====' agent.c):
  *   log sys buf loop text mp conf boot net zip vol child conn exchange worker node program job setup
- *   aleph http pump bridge call forward init main
+ *   aleph http pump bridge call forward init run main
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -116,6 +116,12 @@ struct log {
 };
 
 static struct log agent_log = { .level = LOG_INFO, .fd = 2 };
+
+/* The level of that name, or -1. */
+static int log_level_of(const char *name)
+{
+    return strcmp(name, "debug") == 0 ? LOG_DEBUG : strcmp(name, "info") == 0 ? LOG_INFO : -1;
+}
 
 static int64_t now_ms(void)
 {
@@ -937,8 +943,8 @@ static const struct limit {
     LIMITS(LIMIT_ROW)
 };
 
-/* Sets a limit from "NAME=VALUE". NULL, or what is wrong, for people. */
-static const char *limit_set(const char *assignment)
+/* Sets a limit of `all` from "NAME=VALUE". NULL, or what is wrong, for people. */
+static const char *limit_set(struct limits *all, const char *assignment)
 {
     static char wrong[256];
     const char *eq = strchr(assignment, '=');
@@ -950,7 +956,7 @@ static const char *limit_set(const char *assignment)
         if (strlen(row->name) != len || memcmp(row->name, assignment, len) != 0)
             continue;
         if (eq && number_read(span_of(eq + 1), row->least, row->most, &value)) {
-            *(int64_t *)(void *)((char *)&limits + row->offset) = value;
+            *(int64_t *)(void *)((char *)all + row->offset) = value;
             return NULL;
         }
         snprintf(wrong, sizeof wrong, "limit %s takes a number from %" PRId64 " to %" PRId64,
@@ -1265,7 +1271,11 @@ static void mp_write_text(struct buf *out, struct span s, size_t most)
 
 /* ==== conf: what was asked for: readers and one check ============================
  * The supervisor's map (protocol key by key in conf_keys). Its bulk, code and input data,
- * stays where it arrived, in `raw`, until it is unpacked; everything else is copied. */
+ * stays where it arrived, in `raw`, until it is unpacked; everything else is copied.
+ *
+ * A file spells the same map in JSON. Nobody sends code in it: the program is in the image
+ * already, and what only a host would say (interface, encoding) follows from the entrypoint. */
+enum conf_source { CONF_WIRE = 1, CONF_FILE = 2 };
 enum interface { INTERFACE_ASGI, INTERFACE_EXECUTABLE };
 enum encoding { ENCODING_NONE, ENCODING_PLAIN, ENCODING_ZIP, ENCODING_SQUASHFS };
 
@@ -1276,7 +1286,19 @@ struct conf_volume {
     bool  trusted;                  /* its setuid bits and device nodes count */
 };
 
+/* What a file says about the agent and not about the program. */
+struct settings {
+    char  **listen, **limits;               /* addresses for HTTP; "NAME=VALUE" */
+    size_t  listen_len, limits_len;
+    char   *wire, *log;                     /* where the supervisor's instructions come in; level */
+};
+
 struct conf {
+    enum conf_source    source;
+    uint32_t            seen;               /* which of conf_keys: a bit for each row */
+    struct settings     settings;
+    char               *folder;             /* of the code, where a file names one */
+    char               *name;               /* hostname, where a file gives one */
     struct buf          raw;                /* owned; code and input_data point into it */
     struct span         code, input_data;   /* p is NULL: nil or missing */
     char               *interface_name, *encoding_name, *vm_hash, *entrypoint;
@@ -1303,8 +1325,61 @@ static void strings_free(char **list, size_t len)
     free(list);
 }
 
+/* A copy at the end of the list. 0, or -1: no memory. */
+static int strings_add(char ***list, size_t *len, const char *text)
+{
+    char *copy = span_dup(span_of(text)), **grown = realloc(*list, (*len + 1) * sizeof(char *));
+
+    if (grown)
+        *list = grown;
+    if (!grown || !copy) {
+        free(copy);
+        return -1;
+    }
+    grown[(*len)++] = copy;
+    return 0;
+}
+
+/* "NAME=VALUE", for settings_apply. NULL, or what is wrong with it, for people. */
+static const char *settings_add_limit(struct settings *s, const char *assignment)
+{
+    struct limits trial = limits;
+    const char *wrong = limit_set(&trial, assignment);
+
+    if (!wrong && strings_add(&s->limits, &s->limits_len, assignment) < 0)
+        wrong = "no memory";
+    return wrong;
+}
+
+static const char *settings_set_log(struct settings *s, const char *level)
+{
+    free(s->log);
+    s->log = span_dup(span_of(level));
+    return log_level_of(level) < 0 ? "expected info or debug" : s->log ? NULL : "no memory";
+}
+
+static void settings_apply(const struct settings *s)
+{
+    if (s->log && log_level_of(s->log) >= 0)
+        agent_log.level = (enum log_level)log_level_of(s->log);
+    for (size_t i = 0; i < s->limits_len; i++)
+        limit_set(&limits, s->limits[i]);
+}
+
+static void settings_fini(struct settings *s)
+{
+    strings_free(s->listen, s->listen_len);
+    strings_free(s->limits, s->limits_len);
+    free(s->wire);
+    free(s->log);
+    *s = (struct settings){ 0 };
+}
+
 static void conf_fini(struct conf *c)
 {
+    settings_fini(&c->settings);
+    free(c->folder);
+    free(c->name);
     buf_fini(&c->raw);
     free(c->interface_name);
     free(c->encoding_name);
@@ -1399,7 +1474,7 @@ static int conf_variables(struct mp_in *in, struct conf *c, struct buf *why)
     return 0;
 }
 
-static int conf_volume(struct mp_in *in, size_t at, struct conf_volume *v, struct buf *why)
+static int conf_volume(struct mp_in *in, size_t at, bool strict, struct conf_volume *v, struct buf *why)
 {
     uint64_t pairs;
     char field[64];
@@ -1422,6 +1497,8 @@ static int conf_volume(struct mp_in *in, size_t at, struct conf_volume *v, struc
             rc = mp_read_bool(in, &v->read_only) ? 0 : conf_wrong(why, "%s: expected a bool", field);
         else if (span_eq(key, "trusted"))
             rc = mp_read_bool(in, &v->trusted) ? 0 : conf_wrong(why, "%s: expected a bool", field);
+        else if (strict)
+            rc = conf_wrong(why, "%s: no such field", field);
         else if (!mp_skip(in))
             rc = conf_wrong(why, "%s: malformed", field);
         if (rc < 0)
@@ -1444,34 +1521,77 @@ static int conf_volumes(struct mp_in *in, struct conf *c, struct buf *why)
         return conf_wrong(why, "volumes: no memory");
     while (c->volumes_len < count) {
         size_t at = c->volumes_len++;
-        if (conf_volume(in, at, &c->volumes[at], why) < 0)
+        if (conf_volume(in, at, c->source == CONF_FILE, &c->volumes[at], why) < 0)
             return -1;
     }
     return 0;
 }
 
-enum conf_kind { CONF_STR, CONF_BIN, CONF_DNS, CONF_KEYS, CONF_VARIABLES, CONF_VOLUMES };
+static int conf_limits(struct mp_in *in, struct conf *c, struct buf *why)
+{
+    struct span name;
+    struct mp_head value;
+    uint64_t count;
+    char text[80];
+
+    if (!mp_read_count(in, MP_MAP, &count))
+        return conf_wrong(why, "limits: expected a map");
+    while (count-- > 0) {
+        if (!mp_read_bytes(in, MP_STR, &name))
+            return conf_wrong(why, "limits: a name is not a string");
+        int n = name.n < 40 ? (int)name.n : 40;
+        if (!mp_read(in, MP_INT, &value) || value.negative)
+            return conf_wrong(why, "limits.%.*s: expected a whole number", n, name.p);
+        snprintf(text, sizeof text, "%.*s=%" PRIu64, n, name.p, value.value);
+        const char *wrong = settings_add_limit(&c->settings, text);
+        if (wrong)
+            return conf_wrong(why, "limits.%.*s: %s", n, name.p, wrong);
+    }
+    return 0;
+}
+
+enum conf_kind { CONF_STR, CONF_BIN, CONF_DNS, CONF_KEYS, CONF_LISTEN, CONF_VARIABLES, CONF_VOLUMES, CONF_LIMITS };
+
+/* Beside where a key may stand: it says something of the agent itself, or of the machine. */
+enum { CONF_ANY = CONF_WIRE | CONF_FILE, CONF_SETTING = 4, CONF_MACHINE = 8 };
 
 static const struct conf_key {
     const char    *name;
     enum conf_kind kind;
+    unsigned       where;
     size_t         offset;          /* of a char * or a span */
 } conf_keys[] = {
-    { "input_data",      CONF_BIN,       offsetof(struct conf, input_data) },
-    { "interface",       CONF_STR,       offsetof(struct conf, interface_name) },
-    { "vm_hash",         CONF_STR,       offsetof(struct conf, vm_hash) },
-    { "encoding",        CONF_STR,       offsetof(struct conf, encoding_name) },
-    { "entrypoint",      CONF_STR,       offsetof(struct conf, entrypoint) },
-    { "code",            CONF_BIN,       offsetof(struct conf, code) },
-    { "ip",              CONF_STR,       offsetof(struct conf, ip) },
-    { "route",           CONF_STR,       offsetof(struct conf, route) },
-    { "dns_servers",     CONF_DNS,       0 },
-    { "volumes",         CONF_VOLUMES,   0 },
-    { "variables",       CONF_VARIABLES, 0 },
-    { "ipv6",            CONF_STR,       offsetof(struct conf, ipv6) },
-    { "ipv6_gateway",    CONF_STR,       offsetof(struct conf, ipv6_gateway) },
-    { "authorized_keys", CONF_KEYS,      0 },
+    { "input_data",      CONF_BIN,       CONF_WIRE,               offsetof(struct conf, input_data) },
+    { "interface",       CONF_STR,       CONF_WIRE,               offsetof(struct conf, interface_name) },
+    { "vm_hash",         CONF_STR,       CONF_WIRE,               offsetof(struct conf, vm_hash) },
+    { "encoding",        CONF_STR,       CONF_WIRE,               offsetof(struct conf, encoding_name) },
+    { "entrypoint",      CONF_STR,       CONF_ANY,                offsetof(struct conf, entrypoint) },
+    { "code",            CONF_BIN,       CONF_WIRE,               offsetof(struct conf, code) },
+    { "code",            CONF_STR,       CONF_FILE,               offsetof(struct conf, folder) },
+    { "hostname",        CONF_STR,       CONF_FILE | CONF_MACHINE, offsetof(struct conf, name) },
+    { "ip",              CONF_STR,       CONF_ANY | CONF_MACHINE, offsetof(struct conf, ip) },
+    { "route",           CONF_STR,       CONF_ANY | CONF_MACHINE, offsetof(struct conf, route) },
+    { "dns_servers",     CONF_DNS,       CONF_ANY | CONF_MACHINE, 0 },
+    { "volumes",         CONF_VOLUMES,   CONF_ANY | CONF_MACHINE, 0 },
+    { "variables",       CONF_VARIABLES, CONF_ANY,                0 },
+    { "ipv6",            CONF_STR,       CONF_ANY | CONF_MACHINE, offsetof(struct conf, ipv6) },
+    { "ipv6_gateway",    CONF_STR,       CONF_ANY | CONF_MACHINE, offsetof(struct conf, ipv6_gateway) },
+    { "authorized_keys", CONF_KEYS,      CONF_ANY | CONF_MACHINE, 0 },
+    { "listen",          CONF_LISTEN,    CONF_FILE | CONF_SETTING, 0 },
+    { "wire",            CONF_STR,       CONF_FILE | CONF_SETTING, offsetof(struct conf, settings.wire) },
+    { "log",             CONF_STR,       CONF_FILE | CONF_SETTING, offsetof(struct conf, settings.log) },
+    { "limits",          CONF_LIMITS,    CONF_FILE | CONF_SETTING, 0 },
 };
+
+/* The first key of the configuration that is of this class, or, `of` being false, that is
+ * not; NULL: it holds none. */
+static const char *conf_first(const struct conf *c, unsigned class, bool of)
+{
+    for (size_t i = 0; i < COUNT(conf_keys); i++)
+        if (c->seen & 1u << i && ((conf_keys[i].where & class) != 0) == of)
+            return conf_keys[i].name;
+    return NULL;
+}
 
 static int conf_value(struct mp_in *in, struct conf *c, const struct conf_key *key, struct buf *why)
 {
@@ -1488,10 +1608,14 @@ static int conf_value(struct mp_in *in, struct conf *c, const struct conf_key *k
         return conf_strs(in, key->name, &c->dns_servers, &c->dns_servers_len, why);
     case CONF_KEYS:
         return conf_strs(in, key->name, &c->authorized_keys, &c->authorized_keys_len, why);
+    case CONF_LISTEN:
+        return conf_strs(in, key->name, &c->settings.listen, &c->settings.listen_len, why);
     case CONF_VARIABLES:
         return conf_variables(in, c, why);
     case CONF_VOLUMES:
         return conf_volumes(in, c, why);
+    case CONF_LIMITS:
+        return conf_limits(in, c, why);
     }
     return -1;
 }
@@ -1657,11 +1781,51 @@ static int conf_check_volumes(struct conf *c, struct buf *why)
     return 0;
 }
 
-/* The one check that every configuration passes, wherever it was read from. */
-static int conf_check(struct conf *c, struct buf *why)
+/* conn has the addresses; here they are only text. */
+static bool address_can_listen(const char *text);
+
+static int conf_check_settings(const struct settings *s, struct buf *why)
 {
-    if (!c->entrypoint)
-        return conf_wrong(why, "entrypoint: missing");
+    if (s->listen_len > LISTEN_MAX)
+        return conf_wrong(why, "listen: %zu addresses, at most %d", s->listen_len, LISTEN_MAX);
+    for (size_t i = 0; i < s->listen_len; i++)
+        if (!address_can_listen(s->listen[i]))
+            return conf_wrong(why, "listen[%zu]: \"%.128s\" is not vsock:PORT, unix:PATH, tcp:HOST:PORT or fd:N",
+                              i, s->listen[i]);
+    if (s->wire && !address_can_listen(s->wire))
+        return conf_wrong(why, "wire: \"%.128s\" is not vsock:PORT, unix:PATH or fd:N", s->wire);
+    if (s->wire && strncmp(s->wire, "tcp:", 4) == 0)
+        return conf_wrong(why, "wire: \"%.128s\": whoever reaches it runs commands, so not by TCP", s->wire);
+    if (s->log && log_level_of(s->log) < 0)
+        return conf_wrong(why, "log: \"%.32s\" is not info or debug", s->log);
+    return 0;
+}
+
+/* Labels of letters, digits and inner hyphens (RFC 1123 section 2.1). */
+static bool hostname_ok(const char *name)
+{
+    size_t n = strlen(name);
+
+    for (size_t i = 0; i < n; i++) {
+        bool edge = i == 0 || i == n - 1 || name[i - 1] == '.' || name[i + 1] == '.';
+        if (!(name[i] < 0x7f && isalnum((unsigned char)name[i])) && (edge || !strchr("-.", name[i])))
+            return false;
+    }
+    return n > 0 && n <= HOSTNAME_MAX;
+}
+
+static int conf_check_file(struct conf *c, struct buf *why)
+{
+    if (c->folder && c->folder[0] != '/')
+        return conf_wrong(why, "code: \"%.128s\" is no absolute path", c->folder);
+    if (c->name && !hostname_ok(c->name))
+        return conf_wrong(why, "hostname: \"%.64s\" is none of at most %d characters", c->name, HOSTNAME_MAX);
+    snprintf(c->hostname, sizeof c->hostname, "%s", c->name ? c->name : "");
+    return 0;
+}
+
+static int conf_check_wire(struct conf *c, struct buf *why)
+{
     if (!c->encoding_name)
         return conf_wrong(why, "encoding: missing");
     c->encoding = strcmp(c->encoding_name, "plain") == 0 ? ENCODING_PLAIN
@@ -1681,18 +1845,34 @@ static int conf_check(struct conf *c, struct buf *why)
         return conf_wrong(why, "code: missing");
     if (c->encoding == ENCODING_PLAIN && (!utf8_ok(c->code) || memchr(c->code.p, 0, c->code.n)))
         return conf_wrong(why, "code: not UTF-8 text");
-    if (conf_check_entrypoint(c, why) < 0 || conf_check_network(c, why) < 0 || conf_check_volumes(c, why) < 0)
+    return 0;
+}
+
+/* The one check that every configuration passes, wherever it was read from. A file need not
+ * name a program; then it must not say anything of one. */
+static int conf_check(struct conf *c, struct buf *why)
+{
+    const char *other = conf_first(c, CONF_SETTING, false);
+
+    if (conf_check_settings(&c->settings, why) < 0)
+        return -1;
+    if (!c->entrypoint && c->source == CONF_FILE && !other)
+        return 0;
+    if (!c->entrypoint)
+        return conf_wrong(why, "entrypoint: missing");
+    if ((c->source == CONF_FILE ? conf_check_file(c, why) : conf_check_wire(c, why)) < 0
+        || conf_check_entrypoint(c, why) < 0 || conf_check_network(c, why) < 0 || conf_check_volumes(c, why) < 0)
         return -1;
     if (c->interface != INTERFACE_ASGI)
         return conf_wrong(why, "interface: executables are not served by agent " AGENT_VERSION);
     return 0;
 }
 
-/* Takes c->raw apart. 0, or -1 and why. Unknown keys are logged and ignored. */
-static int conf_read_msgpack(struct conf *c, struct buf *why)
+/* Takes c->raw apart. 0, or -1 and why. Unknown keys are logged and ignored on the wire,
+ * where a newer host may know more than we, and refused in a file, where they are mistakes. */
+static int conf_read_map(struct conf *c, struct buf *why)
 {
     struct mp_in in = { buf_at(&c->raw), c->raw.len };
-    uint32_t seen = 0;
     uint64_t pairs, unknown = 0;
     struct span name;
 
@@ -1702,19 +1882,21 @@ static int conf_read_msgpack(struct conf *c, struct buf *why)
         size_t i = 0;
         if (!mp_read_bytes(&in, MP_STR, &name))
             return conf_wrong(why, "a key is not a string");
-        while (i < COUNT(conf_keys) && !span_eq(name, conf_keys[i].name))
+        while (i < COUNT(conf_keys) && !(conf_keys[i].where & c->source && span_eq(name, conf_keys[i].name)))
             i++;
         if (i == COUNT(conf_keys)) {
+            int n = name.n < 64 ? (int)name.n : 64;
+            if (c->source == CONF_FILE)
+                return conf_wrong(why, "%.*s: no such field", n, name.p);
             if (unknown++ < CONF_LIST_MAX)
-                log_info("configuration: unknown key \"%.*s\" ignored",
-                         (int)(name.n < 64 ? name.n : 64), name.p);
+                log_info("configuration: unknown key \"%.*s\" ignored", n, name.p);
             if (!mp_skip(&in))
                 return conf_wrong(why, "malformed msgpack");
             continue;
         }
-        if (seen & 1u << i)
+        if (c->seen & 1u << i)
             return conf_wrong(why, "%s: stands twice", conf_keys[i].name);
-        seen |= 1u << i;
+        c->seen |= 1u << i;
         if (conf_value(&in, c, &conf_keys[i], why) < 0)
             return -1;
     }
@@ -1722,20 +1904,132 @@ static int conf_read_msgpack(struct conf *c, struct buf *why)
         return conf_wrong(why, "%zu bytes after the map", in.n);
     if (unknown > CONF_LIST_MAX)
         log_info("configuration: %" PRIu64 " unknown keys in all", unknown);
-    return conf_check(c, why);
+    return 0;
+}
+
+/* c->raw is what the host sent. */
+static int conf_read_msgpack(struct conf *c, struct buf *why)
+{
+    c->source = CONF_WIRE;
+    return conf_read_map(c, why) < 0 ? -1 : conf_check(c, why);
+}
+
+/* ---- JSON (RFC 8259), as the same map in msgpack ---- */
+
+/* Where a value stands, for whoever wrote it: "volumes[1].mount". */
+struct json_at {
+    const struct json_at *up;       /* NULL: it stands in the outermost map */
+    yyjson_val           *key;      /* NULL: it stands in a list */
+    size_t                index;
+};
+
+static void json_at_add(struct buf *out, const struct json_at *at)
+{
+    if (at->up)
+        json_at_add(out, at->up);
+    if (at->key)
+        buf_add_format(out, "%s%.*s", at->up ? "." : "",
+                       yyjson_get_len(at->key) < 64 ? (int)yyjson_get_len(at->key) : 64, yyjson_get_str(at->key));
+    else
+        buf_add_format(out, "[%zu]", at->index);
+}
+
+static int json_wrong(struct buf *why, const struct json_at *at, const char *what)
+{
+    if (at) {
+        json_at_add(why, at);
+        buf_add_text(why, ": ");
+    }
+    return conf_wrong(why, "%s", what);
+}
+
+static int json_to_mp(yyjson_val *v, const struct json_at *at, int64_t depth, struct buf *out, struct buf *why)
+{
+    yyjson_val *key, *value;
+    size_t i, n;
+    union { double real; uint64_t bits; } number;
+
+    switch (yyjson_get_type(v)) {
+    case YYJSON_TYPE_NULL:
+        mp_write_nil(out);
+        return 0;
+    case YYJSON_TYPE_BOOL:
+        mp_write_bool(out, yyjson_get_bool(v));
+        return 0;
+    case YYJSON_TYPE_NUM:
+        number.real = yyjson_get_real(v);
+        if (yyjson_is_uint(v))
+            mp_write_uint(out, yyjson_get_uint(v));
+        else if (yyjson_is_sint(v))
+            mp_write_head(out, 0xd3, (uint64_t)yyjson_get_sint(v), 8);
+        else
+            mp_write_head(out, 0xcb, number.bits, 8);
+        return 0;
+    case YYJSON_TYPE_STR:
+        mp_write_str(out, (struct span){ yyjson_get_str(v), yyjson_get_len(v) });
+        return 0;
+    case YYJSON_TYPE_ARR:
+        if (depth == 0)
+            return json_wrong(why, at, "nested too deep");
+        mp_write_array(out, (uint32_t)yyjson_arr_size(v));
+        yyjson_arr_foreach(v, i, n, value)
+            if (json_to_mp(value, &(struct json_at){ at, NULL, i }, depth - 1, out, why) < 0)
+                return -1;
+        return 0;
+    case YYJSON_TYPE_OBJ:
+        if (depth == 0 || yyjson_obj_size(v) > (size_t)limits.variables)
+            return json_wrong(why, at, depth == 0 ? "nested too deep" : "too many fields");
+        mp_write_map(out, (uint32_t)yyjson_obj_size(v));
+        yyjson_obj_foreach(v, i, n, key, value) {
+            struct json_at here = { at, key, 0 };
+            if (yyjson_obj_getn(v, yyjson_get_str(key), yyjson_get_len(key)) != value)
+                return json_wrong(why, &here, "stands twice");
+            if (json_to_mp(key, &here, depth, out, why) < 0 || json_to_mp(value, &here, depth - 1, out, why) < 0)
+                return -1;
+        }
+        return 0;
+    }
+    return json_wrong(why, at, "no JSON");
+}
+
+/* The text of a file; conf_check is left to the caller, who may have more to say. */
+static int conf_read_json(struct conf *c, struct span text, struct buf *why)
+{
+    yyjson_read_err error;
+    yyjson_doc *doc = yyjson_read_opts((char *)(uintptr_t)text.p, text.n, YYJSON_READ_NOFLAG, NULL, &error);
+    size_t line = 1;
+    int rc;
+
+    c->source = CONF_FILE;
+    if (!doc) {
+        yyjson_locate_pos(text.p, text.n, error.pos, &line, NULL, NULL);
+        return conf_wrong(why, "line %zu: %s", line, error.msg);
+    }
+    yyjson_val *root = yyjson_doc_get_root(doc);
+    if (!yyjson_is_obj(root))
+        rc = conf_wrong(why, "expected a map");
+    else if ((rc = json_to_mp(root, NULL, limits.mp_depth, &c->raw, why)) == 0)
+        rc = c->raw.failed ? conf_wrong(why, "no memory") : conf_read_map(c, why);
+    yyjson_doc_free(doc);
+    buf_fini(&c->raw);
+    return rc;
 }
 
 /* Where the code is, and the program's current folder. */
 static const char *conf_code_folder(const struct conf *c)
 {
+    if (c->source == CONF_FILE)
+        return c->folder ? c->folder : PATH_CODE;
     return c->interface == INTERFACE_ASGI && c->encoding != ENCODING_SQUASHFS ? PATH_CODE_ASGI : PATH_CODE;
 }
 
 /* What a program needs to be started again and again: all but the bulk. 0, or -1: no memory. */
 static int conf_copy_program(struct conf *to, const struct conf *from)
 {
-    *to = (struct conf){ .interface = from->interface, .encoding = from->encoding };
+    *to = (struct conf){ .source = from->source, .interface = from->interface, .encoding = from->encoding };
     memcpy(to->hostname, from->hostname, sizeof to->hostname);
+    if (from->folder && !(to->folder = span_dup(span_of(from->folder))))
+        return -1;
     to->entrypoint = span_dup(span_of(from->entrypoint));
     to->variables = calloc(from->variables_len + 1, sizeof *to->variables);
     if (!to->entrypoint || !to->variables)
@@ -3824,6 +4118,7 @@ static void child_close_fds(void)
 static _Noreturn void child_become(const struct spawn *s, bool has_cgroup)
 {
     setsid();
+    prctl(PR_SET_PDEATHSIG, SIGKILL);           /* where we are not PID 1, we can be killed */
     if (s->in_cgroup && has_cgroup)
         file_set(PATH_CGROUP "/program/cgroup.procs", "0");
     file_set("/proc/self/oom_score_adj", "0");
@@ -3930,6 +4225,29 @@ static void cgroup_kill(const struct children *all)
                     kill((pid_t)strtol(pid, NULL, 10), SIGKILL);
     }
     buf_fini(&list);
+}
+
+/* Ends every child of ours, adopted ones included (prctl(2), PR_SET_CHILD_SUBREAPER), whose
+ * children we adopt in their turn. Only on the way out: it waits. */
+static void child_kill_all(void)
+{
+    char path[64], *pid, *rest;
+
+    snprintf(path, sizeof path, "/proc/self/task/%d/children", (int)getpid());
+    for (int i = 0; i < 50; i++) {
+        struct buf list = { 0 };
+        bool any = file_load(path, &list, 1 << 20) == 0 && list.len > 0;
+        buf_text(&list);
+        if (any)
+            for (pid = strtok_r(list.data + list.start, " \n", &rest); pid; pid = strtok_r(NULL, " \n", &rest))
+                kill((pid_t)strtol(pid, NULL, 10), SIGKILL);
+        buf_fini(&list);
+        if (!any)
+            return;
+        while (waitpid(-1, NULL, WNOHANG) > 0)
+            continue;
+        usleep(2000);
+    }
 }
 
 /* How many processes of the programs the kernel has killed for want of memory. */
@@ -4143,6 +4461,12 @@ static bool address_parse(struct address *a, const char *text)
         return address_unix(a, front);
     }
     return false;
+}
+
+static bool address_can_listen(const char *text)
+{
+    struct address a;
+    return address_parse(&a, text) && a.kind != ADDRESS_HYBRID;
 }
 
 static int address_socket(const struct address *a)
@@ -4511,8 +4835,10 @@ static int listener_bind(struct listener *l)
 
     if (fd < 0)
         return -1;
-    if (a->kind == ADDRESS_FD)
+    if (a->kind == ADDRESS_FD) {
+        fcntl(a->fd, F_SETFD, FD_CLOEXEC);      /* a program does not inherit it */
         return fd_nonblock(fd) < 0 ? (fd_close(&fd), -1) : fd;
+    }
     if (a->kind == ADDRESS_TCP)
         setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
     if (a->kind == ADDRESS_UNIX)
@@ -4830,7 +5156,7 @@ static void exchange_start(struct exchange *ex, struct loop *loop, const struct 
 
 EMBED(shim_worker, "shims/worker.py");
 
-#define WORKER_SHIM     PATH_STATE "/worker.py"
+#define WORKER_SHIM     "worker.py"
 #define WORKER_STREAMS  256         /* buckets; streams are numbered in turn */
 #define WORKER_REAP_MS  200         /* between the end of its channel and its own */
 #define WORKER_OUT_HIGH (1 << 20)   /* past this no more of any request body is taken */
@@ -5742,10 +6068,10 @@ static bool node_best(const char *nvm_dir, const char *range, char *out, size_t 
     return best > 0;
 }
 
-/* The first executable file of that name in PATH_PATH. False: there is none. */
-static bool program_find(const char *name, char *out, size_t size)
+/* The first executable file of that name in the PATH. False: there is none. */
+static bool program_find(const char *path, const char *name, char *out, size_t size)
 {
-    for (const char *at = PATH_PATH; *at; at += strcspn(at, ":"), at += *at == ':') {
+    for (const char *at = path; *at; at += strcspn(at, ":"), at += *at == ':') {
         snprintf(out, size, "%.*s/%s", (int)strcspn(at, ":"), at, name);
         if (access(out, X_OK) == 0)
             return true;
@@ -5768,7 +6094,7 @@ static bool node_find(const char *folder, const char *nvm_dir, char *out, size_t
     bool found = !pin.in_path && node_best(nvm_dir, pin.range, out, size, &there);
     if (!found && there.len > 0) {
         buf_add_format(why, "%s asks for Node %s, %s has %s", pin.from, pin.text, nvm_dir, buf_text(&there));
-    } else if (!found && !(found = program_find("node", out, size))) {
+    } else if (!found && !(found = program_find(PATH_PATH, "node", out, size))) {
         buf_add_format(why, "there is no node in " PATH_PATH " and none in %s", nvm_dir);
     } else if (pin.from && !pin.in_path && there.len == 0) {
         log_info("%s asks for Node %s: %s is all there is", pin.from, pin.text, out);
@@ -5800,7 +6126,11 @@ struct program {
     int64_t            backoff_ms;
     int64_t            served_ms;   /* when it last became ready */
     int64_t            oom_kills;   /* as counted last */
-    const char        *optimize;    /* "-OO", "-O" or NULL */
+    const char        *optimize;    /* "-OO", "-O" or "": none; NULL: not looked for yet */
+    char *const       *env;         /* borrowed: what every program gets */
+    const char        *folder;      /* borrowed: ours, for the shims */
+    int                status;      /* of its last end, as of waitpid(2); -1: none yet */
+    const char        *missing;     /* why there is no program, for whoever asks; borrowed */
     struct exchange   *first, **last;
     size_t             queued;
     void             (*on_started)(struct program *, bool ok, struct span text, struct span traceback);
@@ -5810,6 +6140,15 @@ struct program {
 };
 
 /* ---- how Python is launched ---- */
+
+/* PATH of the environment that every program gets. */
+static const char *program_path(const struct program *p)
+{
+    for (char *const *v = p->env; *v; v++)
+        if (strncmp(*v, "PATH=", 5) == 0)
+            return *v + 5;
+    return PATH_PATH;
+}
 
 static bool folder_has(const char *folder, const char *pattern)
 {
@@ -5849,7 +6188,8 @@ static const char *program_optimize(void)
     return two ? "-OO" : one ? "-O" : NULL;
 }
 
-static const char *const program_env_base[] = {
+/* What a guest gives every program. */
+static char *const program_env_guest[] = {
     "PATH=" PATH_PATH,
     "HOME=/root",
     "LANG=C.UTF-8",
@@ -5859,6 +6199,7 @@ static const char *const program_env_base[] = {
     "ALEPH_API_UNIX_SOCKET=" PATH_API_SOCKET,
     "ALEPH_REMOTE_CRYPTO_HOST=http://localhost",
     "ALEPH_REMOTE_CRYPTO_UNIX_SOCKET=" PATH_API_SOCKET,
+    NULL
 };
 
 /* What the interpreter or its libraries read when they start, before a warm one could be told. */
@@ -5880,18 +6221,20 @@ static bool program_needs_cold(const struct conf *c)
     return false;
 }
 
-/* The environment at exec, NULL-terminated, strings owned; NULL: no memory. A later variable
- * of one name comes instead of an earlier one. */
-static char **program_env(const struct conf *c)
+/* The environment at exec, NULL-terminated, strings owned; NULL: no memory. The variables of
+ * the configuration come on top of the base; a later one instead of an earlier of its name. */
+static char **program_env(char *const *base, const struct conf *c)
 {
-    size_t most = COUNT(program_env_base) + c->variables_len + 1, n = 0;
+    size_t inherited = 0, n = 0;
+    while (base[inherited])
+        inherited++;
+    size_t most = inherited + c->variables_len + 1;
     char **env = calloc(most, sizeof(char *));
 
     for (size_t i = 0; env && i + 1 < most; i++) {
-        const struct conf_pair *v = i < COUNT(program_env_base) ? NULL
-                                  : &c->variables[i - COUNT(program_env_base)];
+        const struct conf_pair *v = i < inherited ? NULL : &c->variables[i - inherited];
         struct buf text = { 0 };
-        buf_add_text(&text, v ? v->name : program_env_base[i]);
+        buf_add_text(&text, v ? v->name : base[i]);
         if (v) {
             buf_add_byte(&text, '=');
             buf_add_text(&text, v->value);
@@ -5917,12 +6260,12 @@ static const struct worker_owner program_owner;
 /* Starts an interpreter; -1: the reason is in why. */
 static int program_spawn(struct program *p, const char *name, struct buf *why)
 {
-    char python[PATH_MAX], shim[] = WORKER_SHIM, option[8] = "";
+    char python[PATH_MAX], shim[PATH_MAX], option[8] = "";
     char *argv[] = { python, option, shim, NULL };
     int rc = -1;
 
-    if (!program_find("python3", python, sizeof python)) {
-        buf_add_text(why, "there is no python3 in " PATH_PATH);
+    if (!program_find(program_path(p), "python3", python, sizeof python)) {
+        buf_add_format(why, "there is no python3 in %.512s", program_path(p));
         return -1;
     }
     if (!p->optimize)
@@ -5932,13 +6275,14 @@ static int program_spawn(struct program *p, const char *name, struct buf *why)
         argv[1] = shim;
         argv[2] = NULL;
     }
-    unlink(WORKER_SHIM);                /* a program may have made it something else */
-    if (mkdir_all(PATH_STATE, 0755) < 0
-        || file_write(WORKER_SHIM, shim_worker, (size_t)(shim_worker_end - shim_worker), 0644) < 0) {
-        buf_add_format(why, "cannot write " WORKER_SHIM ": %s", strerror(errno));
+    snprintf(shim, sizeof shim, "%s/" WORKER_SHIM, p->folder);
+    unlink(shim);                       /* a program may have made it something else */
+    if (mkdir_all(p->folder, 0755) < 0
+        || file_write(shim, shim_worker, (size_t)(shim_worker_end - shim_worker), 0644) < 0) {
+        buf_add_format(why, "cannot write %s: %s", shim, strerror(errno));
         return -1;
     }
-    char **env = program_env(&p->conf);
+    char **env = program_env(p->env, &p->conf);
     if (env)
         p->worker = worker_start(p->loop, p->children, name, argv, env);
     if (p->worker) {
@@ -5984,7 +6328,7 @@ static void program_marshal(const struct conf *c, struct buf *out)
     marshal_double(out, (double)limits.lifespan_ms / 1e3);
     marshal_key(out, "env");
     buf_add_byte(out, MARSHAL_DICT);
-    if (c->hostname[0]) {
+    if (c->hostname[0] && c->source == CONF_WIRE) {
         marshal_key(out, "ALEPH_ADDRESS_TO_USE");
         marshal_key(out, c->hostname);
     }
@@ -6057,7 +6401,7 @@ static void program_request(struct program *p, struct exchange *ex)
         program_hand_over(p, ex);
     } else if (p->state == PROGRAM_NONE || p->state == PROGRAM_STOPPED) {
         exchange_fail(ex, FAILURE_NOT_STARTED, p->state == PROGRAM_NONE
-                      ? SPAN("no program is configured yet") : SPAN("the machine is halting"), SPAN(""));
+                      ? span_of(p->missing) : SPAN("the machine is halting"), SPAN(""));
     } else if (p->queued >= (size_t)limits.queue) {
         exchange_fail(ex, FAILURE_NOT_STARTED, SPAN("too many requests wait for the program to start"), SPAN(""));
     } else {
@@ -6206,6 +6550,7 @@ static void program_on_gone(struct worker *w, int status)
     if (w == p->worker) {
         program_describe_end(p, w, status, &text);
         log_info("%s", buf_text(&text));
+        p->status = status;
         p->worker = NULL;
         child_signal(&w->child, SIGKILL);       /* what it forked */
         cgroup_kill(p->children);
@@ -6278,6 +6623,8 @@ static void program_watch_memory(struct program *p)
 static void program_init(struct program *p, struct loop *loop, struct children *children)
 {
     *p = (struct program){ .loop = loop, .children = children, .backoff_ms = limits.backoff_ms,
+                           .env = program_env_guest, .folder = PATH_STATE, .status = -1,
+                           .missing = "no program is configured yet",
                            .timer = { .fd = -1, .on_deadline = program_on_deadline } };
     p->last = &p->first;
 }
@@ -6450,6 +6797,7 @@ struct setup {
     struct loop     *loop;
     struct children *children;
     struct program  *program;
+    bool             is_ours;       /* the machine is: the steps are taken */
     struct conf      conf;          /* being applied; once done, only what halt must take back */
     struct job       job;
     int64_t          started_ms;
@@ -6489,7 +6837,7 @@ static void setup_finish(struct setup *s, bool ok, struct span text, struct span
 {
     if (ok) {
         log_info("setup: done in %" PRId64 " ms", now_ms() - s->started_ms);
-        for (size_t i = 0; i < COUNT(setup_steps); i++)
+        for (size_t i = 0; s->progress && i < COUNT(setup_steps); i++)
             log_debug("setup: %9.1f ms  %s", (double)s->progress->us[i] / 1e3, setup_steps[i].name);
         buf_fini(&s->conf.raw);         /* the bulk */
         s->conf.code = s->conf.input_data = (struct span){ 0 };
@@ -6522,6 +6870,10 @@ static void setup_on_reverted(struct job *j, bool ok, struct span report)
 /* Takes the steps back that were done, then answers. */
 static void setup_fail(struct setup *s, struct span text, struct span traceback)
 {
+    if (!s->is_ours) {
+        setup_finish(s, false, text, traceback);
+        return;
+    }
     s->state = SETUP_REVERTING;
     s->job.run = setup_revert;
     s->job.on_done = setup_on_reverted;
@@ -6573,6 +6925,10 @@ static void setup_start(struct setup *s, struct conf *conf)
     s->job.run = setup_apply;
     s->job.arg = s;
     s->job.on_done = setup_on_applied;
+    if (!s->is_ours) {
+        setup_on_applied(&s->job, true, SPAN(""));
+        return;
+    }
     s->progress = mmap(NULL, sizeof *s->progress, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (s->progress == MAP_FAILED)
         s->progress = NULL;
@@ -7164,7 +7520,7 @@ static void aleph_on_map(struct aleph *a)
         break;
     case SCAN_DONE:
         if (a->server->setup->state != SETUP_DONE && a->server->program->state == PROGRAM_NONE)
-            aleph_refuse(a, "instruction: no program is configured yet");
+            aleph_refuse(a, "instruction: %s", a->server->program->missing);
         else
             aleph_run_map(a);
     }
@@ -7279,7 +7635,7 @@ static int command_start(struct aleph *a, const char *text)
 
     if (!cmd)
         return -1;
-    char **env = program_env(&s->program->conf);
+    char **env = program_env(s->program->env, &s->program->conf);
     if (env && pipe2(ends, O_CLOEXEC) == 0 && fd_nonblock(ends[0]) == 0) {
         *cmd = (struct command){ .server = s, .aleph = a, .left = limits.command_out_bytes,
             .pipe = { .fd = ends[0], .on_event = command_on_event },
@@ -9412,9 +9768,16 @@ static int forward_main(int argc, char **argv)
 /* ==== init: PID 1 ================================================================ */
 #define READY_PATIENCE_MS   100     /* then the rest of boot goes first */
 #define HALT_MARGIN_MS      300     /* of halt_ms: what follows when a volume is still held */
+#define READY_RETRY_MAX_MS  1000    /* between two tries, however long nobody has listened */
 
+/* What a command line says wins over the file. */
 struct options {
-    const char *listen, *http, *ready, *api;    /* addresses; ready: a sandbox, no vsock, no reboot */
+    const char     *ready, *api;    /* addresses; ready: a sandbox, no vsock, no reboot */
+    const char     *config;         /* the file */
+    const char     *folder, *entrypoint;
+    char          **variables;      /* "NAME=VALUE" */
+    size_t          variables_len;
+    struct settings told;
 };
 
 struct agent {
@@ -9424,10 +9787,19 @@ struct agent {
     struct program      program;
     struct setup        setup;
     struct aleph_server aleph;
-    struct http_server  http;
+    struct http_server  http[LISTEN_MAX];
+    size_t              http_len;
     struct bridge       bridge;
     struct boot         boot;
     struct options      options;
+    struct settings     settings;           /* as the file has them */
+    struct buf          conf_text;          /* of the file; kept until its program runs */
+    struct conf         conf;               /* read from it, until setup takes it */
+    char                missing[512];       /* why its program does not run */
+    struct watch        conf_timer;         /* until that is tried again */
+    int64_t             conf_wait_ms;
+    bool                is_process;         /* `agent run`: the machine is somebody else's */
+    int                 exit_code;
     struct watch        signals;
     struct address      host;               /* where ready is said */
     struct conn         ready;              /* its connection */
@@ -9449,6 +9821,8 @@ static bool agent_is_sandboxed(const struct agent *a)
 
 static void agent_on_ready_said(struct agent *a);
 static void agent_boot_late(struct agent *a);      /* it waits for ready, ready must not wait for it */
+static _Noreturn void run_end(struct agent *a);     /* how a process halts */
+static void run_on_setup_failed(struct agent *a);   /* and what it does where a machine tries again */
 
 static void ready_on_input(struct conn *c)
 {
@@ -9477,12 +9851,22 @@ static void ready_on_close(struct conn *c)
     (void)c;
 }
 
+/* The longer nobody has listened the longer it waits for the next try: there may be no host
+ * that wants to know. */
+static void ready_again(struct agent *a)
+{
+    int64_t ms = (kernel_us() - a->boot.start_us) / 1000 / 100;
+
+    loop_after(&a->loop, &a->ready_timer, ms < limits.ready_retry_ms ? limits.ready_retry_ms
+                                          : ms < READY_RETRY_MAX_MS ? ms : READY_RETRY_MAX_MS);
+}
+
 /* The connection is part of struct agent: what is freed here is only its turn. */
 static void ready_on_free(struct conn *c)
 {
     struct agent *a = CONTAINER(c, struct agent, ready);
     if (!a->ready_said)
-        loop_after(&a->loop, &a->ready_timer, limits.ready_retry_ms);
+        ready_again(a);
     agent_boot_late(a);
 }
 
@@ -9501,7 +9885,7 @@ static void ready_try(struct watch *timer)
     a->ready = (struct conn){ 0 };
     if (fd < 0 || conn_open(&a->ready, &a->conns, &ready_proto, fd, CONN_CONNECTING) < 0) {
         log_debug("ready: %s", strerror(errno));
-        loop_after(&a->loop, &a->ready_timer, limits.ready_retry_ms);
+        ready_again(a);
         return;
     }
     mp_write_map(&a->ready.out, 1);
@@ -9514,6 +9898,8 @@ static void ready_try(struct watch *timer)
 
 static void halt_now(struct agent *a)
 {
+    if (a->is_process)
+        run_end(a);
     log_info("halt: reboot");
     log_flush();
     if (agent_is_sandboxed(a))
@@ -9530,7 +9916,7 @@ static int halt_sync(void *arg, struct buf *why)
     struct statvfs fs;
 
     (void)why;
-    if (agent_is_sandboxed(a)) {
+    if (!boot_is_machine) {
         sync();
         return 0;
     }
@@ -9568,6 +9954,10 @@ static void halt_files(struct agent *a)
     if (a->halt_state != HALT_SETUP || a->setup.job.child.pid > 0)
         return;
     a->halt_state = HALT_SYNC;
+    if (a->is_process) {
+        halt_answer(a);
+        return;
+    }
     a->sync.run = halt_sync;
     a->sync.arg = a;
     a->sync.on_done = halt_on_synced;
@@ -9637,18 +10027,25 @@ static void agent_on_signal(struct watch *w, uint32_t events)
 }
 
 /* SIGCHLD, and the three that mean halt: SIGTERM, SIGINT (ctrl-alt-del, reboot(2)) and
- * SIGPWR. Every other that can be ignored is. */
+ * SIGPWR. Every other that can be ignored is. A process is also ended by its terminal, unless
+ * nohup(1) asked not to, and leaves what it has no use for as it is. */
 static int agent_signals(struct agent *a)
 {
     sigset_t wanted;
-    struct sigaction ignore = { .sa_handler = SIG_IGN };
+    struct sigaction ignore = { .sa_handler = SIG_IGN }, hangup;
 
     sigemptyset(&wanted);
     sigaddset(&wanted, SIGCHLD);
     sigaddset(&wanted, SIGTERM);
     sigaddset(&wanted, SIGINT);
     sigaddset(&wanted, SIGPWR);
-    for (int sig = 1; sig < NSIG; sig++)
+    if (a->is_process) {
+        sigaction(SIGPIPE, &ignore, NULL);
+        sigaddset(&wanted, SIGQUIT);
+        if (sigaction(SIGHUP, NULL, &hangup) == 0 && hangup.sa_handler != SIG_IGN)
+            sigaddset(&wanted, SIGHUP);
+    }
+    for (int sig = 1; sig < NSIG && !a->is_process; sig++)
         if (!sigismember(&wanted, sig) && sig != SIGSEGV && sig != SIGBUS && sig != SIGFPE
             && sig != SIGILL && sig != SIGABRT)
             sigaction(sig, &ignore, NULL);
@@ -9658,26 +10055,145 @@ static int agent_signals(struct agent *a)
     return a->signals.fd < 0 ? -1 : loop_want(&a->loop, &a->signals, EPOLLIN);
 }
 
+/* ---- the file ---- */
+
+/* What the command line says of the program, over what stands in the file. */
+static int agent_override(const struct options *o, struct conf *c, struct buf *why)
+{
+    char folder[PATH_MAX];
+
+    if (o->folder && !realpath(o->folder, folder))
+        return conf_wrong(why, "%.512s: %s", o->folder, strerror(errno));
+    if (o->folder) {
+        free(c->folder);
+        free(c->entrypoint);
+        c->folder = span_dup(span_of(folder));
+        c->entrypoint = span_dup(span_of(o->entrypoint));
+    }
+    struct conf_pair *all = realloc(c->variables, (c->variables_len + o->variables_len + 1) * sizeof *all);
+    if (!all || (o->folder && (!c->folder || !c->entrypoint)))
+        return conf_wrong(why, "no memory");
+    c->variables = all;
+    for (size_t i = 0; i < o->variables_len; i++) {
+        const char *text = o->variables[i];
+        size_t name = strcspn(text, "=");
+        struct conf_pair v = { span_dup((struct span){ text, name }), span_dup(span_of(text + name + 1)) };
+        all[c->variables_len++] = v;
+        if (!v.name || !v.value)
+            return conf_wrong(why, "no memory");
+    }
+    return 0;
+}
+
+/* Makes a->conf; -1: it stays empty, and a->missing says what is wrong. */
+static int agent_parse_conf(struct agent *a)
+{
+    struct buf why = { 0 };
+    int rc = 0;
+
+    a->conf = (struct conf){ .source = CONF_FILE };
+    if (a->options.config)
+        rc = conf_read_json(&a->conf, buf_span(&a->conf_text), &why);
+    if (rc == 0)
+        rc = agent_override(&a->options, &a->conf, &why);
+    if (rc == 0)
+        rc = conf_check(&a->conf, &why);
+    if (rc < 0) {
+        conf_fini(&a->conf);
+        snprintf(a->missing, sizeof a->missing, "%s%s%s", a->options.config ? a->options.config : "",
+                 a->options.config ? ": " : "", buf_text(&why));
+    }
+    buf_fini(&why);
+    return rc;
+}
+
+/* Before the loop runs. The command line's limits come first, as they say how much is read,
+ * and last, as they win. -1: a->missing says what is wrong. */
+static int agent_read_conf(struct agent *a)
+{
+    const char *path = a->options.config;
+    int rc = 0;
+
+    settings_apply(&a->options.told);
+    if (path && file_load_regular(path, &a->conf_text, CONF_FILE_MAX) < 0) {
+        snprintf(a->missing, sizeof a->missing, "%s: %s", path, errno == EFBIG ? "more than 1 MiB"
+                 : errno == EINVAL ? "no regular file" : strerror(errno));
+        return -1;
+    }
+    rc = agent_parse_conf(a);
+    a->settings = a->conf.settings;
+    a->conf.settings = (struct settings){ 0 };
+    settings_apply(&a->settings);
+    settings_apply(&a->options.told);
+    return rc;
+}
+
+static int agent_listen(struct agent *a, bool late);   /* an address may be one that setup has given */
+
+/* A file's program does not start: nobody but us will try again. A host may send another
+ * meanwhile. */
+static void agent_on_setup(struct setup *s, bool ok, struct span text, struct span traceback)
+{
+    struct agent *a = s->owner;
+
+    if (ok) {
+        buf_fini(&a->conf_text);
+        agent_listen(a, true);
+        return;
+    }
+    snprintf(a->missing, sizeof a->missing, "%.*s", (int)(utf8_cut(text, sizeof a->missing - 1).n), text.p);
+    a->program.missing = a->missing;
+    for (size_t n; traceback.n > 0; traceback = (struct span){ traceback.p + n, traceback.n - n }) {
+        const char *end = memchr(traceback.p, '\n', traceback.n);
+        n = end ? (size_t)(end - traceback.p) + 1 : traceback.n;
+        log_line("program", traceback.p, n - (end != NULL));
+    }
+    if (a->halt_state != HALT_NO)
+        return;
+    if (a->is_process) {
+        run_on_setup_failed(a);
+        return;
+    }
+    log_info("setup: next try in %" PRId64 " ms", a->conf_wait_ms);
+    loop_after(&a->loop, &a->conf_timer, a->conf_wait_ms);
+    a->conf_wait_ms = 2 * a->conf_wait_ms < limits.backoff_max_ms ? 2 * a->conf_wait_ms : limits.backoff_max_ms;
+}
+
+static void agent_setup(struct agent *a)
+{
+    a->setup.owner = a;
+    a->setup.on_done = agent_on_setup;
+    setup_start(&a->setup, &a->conf);
+}
+
+static void agent_on_conf_timer(struct watch *t)
+{
+    struct agent *a = CONTAINER(t, struct agent, conf_timer);
+
+    if (a->setup.state == SETUP_NONE && a->program.state == PROGRAM_NONE && agent_parse_conf(a) == 0)
+        agent_setup(a);
+}
+
 /* ---- boot ---- */
 
-/* agent.limit.NAME=VALUE and agent.log=LEVEL; the kernel's own words are not ours. */
-static void agent_option(char *word)
+/* agent.config=PATH, agent.limit.NAME=VALUE, agent.log=LEVEL; the kernel's own words are not ours. */
+static void agent_option(struct options *o, const char *word)
 {
     const char *wrong = NULL;
 
     if (strncmp(word, "agent.limit.", 12) == 0)
-        wrong = limit_set(word + 12);
-    else if (strcmp(word, "agent.log=debug") == 0)
-        agent_log.level = LOG_DEBUG;
-    else if (strcmp(word, "agent.log=info") == 0)
-        agent_log.level = LOG_INFO;
+        wrong = settings_add_limit(&o->told, word + 12);
+    else if (strncmp(word, "agent.log=", 10) == 0)
+        wrong = settings_set_log(&o->told, word + 10);
+    else if (strncmp(word, "agent.config=/", 14) == 0)
+        o->config = span_dup(span_of(word + 13));
     else if (strncmp(word, "agent.", 6) == 0)
         wrong = "no such option";
     if (wrong)
         log_info("kernel command line: %s: %s", word, wrong);
 }
 
-static void agent_read_command_line(void)
+static void agent_read_command_line(struct options *o)
 {
     struct buf line = { 0 };
     char *rest;
@@ -9685,7 +10201,7 @@ static void agent_read_command_line(void)
     if (file_load("/proc/cmdline", &line, 64 << 10) == 0) {
         buf_text(&line);
         for (char *word = strtok_r(line.data + line.start, " \n", &rest); word; word = strtok_r(NULL, " \n", &rest))
-            agent_option(word);
+            agent_option(o, word);
     }
     buf_fini(&line);
 }
@@ -9702,7 +10218,7 @@ static void agent_boot_early(struct agent *a)
     boot_console(agent_is_sandboxed(a) ? "/proc/self/fd/2" : "/dev/console");
     if (!agent_is_sandboxed(a)) {
         boot_stage(b, "proc, dev, console");
-        agent_read_command_line();
+        agent_read_command_line(&a->options);
         boot_stage(b, "command line");
         if (!boot_has_vsock()) {
             boot_modules(vsock);
@@ -9710,6 +10226,10 @@ static void agent_boot_early(struct agent *a)
         }
         reboot(RB_DISABLE_CAD);     /* ctrl-alt-del becomes SIGINT */
     }
+    if (!a->options.config && access(PATH_CONF, F_OK) == 0)
+        a->options.config = PATH_CONF;
+    if (agent_read_conf(a) < 0)
+        log_info("%s", a->missing);
     boot_protect();
 }
 
@@ -9740,9 +10260,9 @@ static void agent_boot_late(struct agent *a)
     boot_stage(b, "loopback");
     program_prewarm(&a->program);
     boot_stage(b, "prewarm");
-    listener_start(&a->aleph.listener);
-    if (a->http.listener.address.text)
-        listener_start(&a->http.listener);
+    agent_listen(a, true);
+    if (a->conf.entrypoint)
+        agent_setup(a);
 }
 
 static void agent_on_late(struct watch *timer)
@@ -9768,49 +10288,100 @@ static void agent_before_launch(struct program *p)
     bridge_offer(&CONTAINER(p, struct agent, program)->bridge);
 }
 
-static void agent_listen(struct agent *a)
+/* What hangs together in an agent of either kind. */
+static void agent_init(struct agent *a)
 {
-    struct address *wire = &a->aleph.listener.address, *http = &a->http.listener.address;
-    struct address *api = &a->bridge.pumps.target;
-
-    a->aleph.loop = a->http.loop = a->conns.loop = &a->loop;
-    a->aleph.conns = a->http.conns = &a->conns;
-    a->aleph.children = &a->children;
-    a->aleph.program = a->http.program = a->setup.program = &a->program;
+    loop_init(&a->loop);
+    program_init(&a->program, &a->loop, &a->children);
+    a->conns.loop = a->aleph.loop = a->setup.loop = &a->loop;
+    a->aleph.conns = &a->conns;
+    a->aleph.children = a->setup.children = &a->children;
+    a->aleph.program = a->setup.program = &a->program;
     a->aleph.setup = &a->setup;
-    a->setup.loop = &a->loop;
-    a->setup.children = &a->children;
     a->aleph.owner = a;
     a->aleph.on_halt = agent_on_aleph_halt;
+    a->aleph.listener.watch.fd = -1;
     a->program.on_stopped = halt_on_stopped;
     a->program.before_launch = agent_before_launch;
     bridge_init(&a->bridge, &a->loop);
+    if (a->missing[0])
+        a->program.missing = a->missing;
+    a->setup.is_ours = !a->is_process;
+    a->halt_timer = (struct watch){ .fd = -1, .on_deadline = halt_on_deadline };
+    a->conf_timer = (struct watch){ .fd = -1, .on_deadline = agent_on_conf_timer };
+    a->conf_wait_ms = limits.backoff_ms;
+}
+
+/* Where to listen: as told by the command line, else by the file, else `wire` and `http`. */
+static void agent_choose_addresses(struct agent *a, const char *wire, const char *http)
+{
+    const struct settings *told = &a->options.told, *file = &a->settings;
+    const struct settings *from = told->listen_len ? told : file;
+
+    wire = told->wire ? told->wire : file->wire ? file->wire : wire;
+    if (wire)
+        address_parse(&a->aleph.listener.address, wire);
+    a->http_len = from->listen_len ? from->listen_len : http ? 1 : 0;
+    for (size_t i = 0; i < a->http_len; i++) {
+        struct http_server *h = &a->http[i];
+        address_parse(&h->listener.address, from->listen_len ? from->listen[i] : http);
+        h->listener.watch.fd = -1;
+        h->loop = &a->loop;
+        h->conns = &a->conns;
+        h->program = &a->program;
+    }
+}
+
+/* Opens what is not open yet. Early in the boot of a machine only vsock can be: a path could
+ * come to lie under a mount, an address be one that setup has yet to give. */
+static bool agent_can_listen(const struct agent *a, const struct listener *l, bool late)
+{
+    bool is_vsock = l->address.kind == ADDRESS_VSOCK;
+
+    return l->address.text && l->watch.fd < 0 && (late || !boot_is_machine || is_vsock)
+        && !(is_vsock && agent_is_sandboxed(a));
+}
+
+static int agent_listen(struct agent *a, bool late)
+{
+    int rc = 0;
+
+    if (agent_can_listen(a, &a->aleph.listener, late) && aleph_open(&a->aleph) < 0)
+        rc = log_errno("listen on %s", a->aleph.listener.address.text);
+    if (late && a->aleph.listener.watch.fd >= 0)
+        listener_start(&a->aleph.listener);
+    for (struct http_server *h = a->http; h < a->http + a->http_len; h++) {
+        if (agent_can_listen(a, &h->listener, late) && http_open(h) < 0)
+            rc = log_errno("listen on %s", h->listener.address.text);
+        if (late && h->listener.watch.fd >= 0)
+            listener_start(&h->listener);
+    }
+    return rc;
+}
+
+/* Opens what can be before the rest of boot. */
+static void init_listen(struct agent *a)
+{
+    struct address *api = &a->bridge.pumps.target;
+
     if (agent_is_sandboxed(a)) {
-        address_parse(wire, a->options.listen);
+        agent_choose_addresses(a, NULL, NULL);
         address_parse(&a->host, a->options.ready);
     } else {
-        *wire = (struct address){ .text = "vsock:52", .fd = -1 };
-        address_vsock(wire, VMADDR_CID_ANY, PORT_ALEPH);
-        *http = (struct address){ .text = "vsock:80", .fd = -1 };
-        address_vsock(http, VMADDR_CID_ANY, PORT_HTTP);
+        agent_choose_addresses(a, "vsock:52", "vsock:80");
         a->host = (struct address){ .text = "the host", .fd = -1 };
         address_vsock(&a->host, VMADDR_CID_HOST, PORT_ALEPH);
         *api = (struct address){ .text = "guest API", .fd = -1 };
         address_vsock(api, VMADDR_CID_HOST, PORT_API);
     }
-    if (aleph_open(&a->aleph) < 0)
-        log_errno("listen on %s", wire->text);
-    if (a->options.http)
-        address_parse(http, a->options.http);
     if (a->options.api)
         address_parse(api, a->options.api);
-    if (http->text && http_open(&a->http) < 0)
-        log_errno("listen on %s", http->text);
+    agent_listen(a, false);
 }
 
 static const char init_usage[] =
-    "usage: agent init --listen ADDRESS --ready ADDRESS [--http ADDRESS] [--api ADDRESS] [--limit NAME=VALUE]...\n"
-    "                  [--log debug]\n"
+    "usage: agent init --listen ADDRESS --ready ADDRESS [--http ADDRESS] [--api ADDRESS] [--config FILE]\n"
+    "                  [--limit NAME=VALUE]... [--log debug]\n"
     "\n"
     "As PID 1 of a machine the agent needs no option. These are for a sandbox (unshare(1)): vsock is\n"
     "not touched, no module is loaded, and halt exits instead of rebooting.\n"
@@ -9818,7 +10389,23 @@ static const char init_usage[] =
     "  --listen   where the supervisor's instructions come in, instead of vsock port 52\n"
     "  --http     where HTTP requests for the program come in, instead of vsock port 80\n"
     "  --ready    where to connect to and say that the machine is ready, instead of CID 2 port 52\n"
-    "  --api      what " PATH_API_SOCKET " leads to, instead of CID 2 port 53\n";
+    "  --api      what " PATH_API_SOCKET " leads to, instead of CID 2 port 53\n"
+    "  --config   the configuration, instead of " PATH_CONF "\n";
+
+/* Options that every command with a program takes. NULL: taken; "": it is none of them; else
+ * what is wrong with it. */
+static const char *options_take(struct options *o, const char *word, const char *value)
+{
+    if (strcmp(word, "--config") == 0)
+        o->config = value;
+    else if (strcmp(word, "--limit") == 0)
+        return settings_add_limit(&o->told, value);
+    else if (strcmp(word, "--log") == 0)
+        return settings_set_log(&o->told, value);
+    else
+        return "";
+    return NULL;
+}
 
 /* 0, or the exit code of a command line that makes no sense. */
 static int init_options(struct options *o, int argc, char **argv)
@@ -9833,26 +10420,22 @@ static int init_options(struct options *o, int argc, char **argv)
         if (is_address && (!address_parse(&parsed, value) || parsed.kind == ADDRESS_VSOCK))
             wrong = "expected unix:PATH, tcp:HOST:PORT or fd:N";
         else if (strcmp(argv[i], "--listen") == 0)
-            o->listen = value;
+            o->told.wire = span_dup(span_of(value));
         else if (strcmp(argv[i], "--http") == 0)
-            o->http = value;
+            strings_add(&o->told.listen, &o->told.listen_len, value);
         else if (strcmp(argv[i], "--ready") == 0)
             o->ready = value;
         else if (strcmp(argv[i], "--api") == 0)
             o->api = value;
-        else if (strcmp(argv[i], "--limit") == 0)
-            wrong = limit_set(value);
-        else if (strcmp(argv[i], "--log") == 0 && strcmp(value, "debug") == 0)
-            agent_log.level = LOG_DEBUG;
         else
-            wrong = "no such option";
+            wrong = options_take(o, argv[i], value);
         if (wrong) {
-            fprintf(stderr, "agent init: %s %s: %s\n\n%s", argv[i], value, wrong, init_usage);
+            fprintf(stderr, "agent init: %s %s: %s\n\n%s", argv[i], value, *wrong ? wrong : "no such option", init_usage);
             return EXIT_USAGE;
         }
         i++;
     }
-    if (!o->ready != !o->listen || ((o->http || o->api) && !o->ready)) {
+    if (!o->ready != !o->told.wire || ((o->told.listen_len > 0 || o->api) && !o->ready)) {
         fputs(init_usage, stderr);
         return EXIT_USAGE;
     }
@@ -9874,13 +10457,11 @@ static int init_main(int argc, char **argv, bool is_machine)
         die("init must be process 1: of a machine, or of a namespace (unshare --pid --fork)");
     umask(022);
     agent_boot_early(&a);
-    loop_init(&a.loop);
-    program_init(&a.program, &a.loop, &a.children);
-    a.halt_timer = (struct watch){ .fd = -1, .on_deadline = halt_on_deadline };
+    agent_init(&a);
     a.ready_timer = (struct watch){ .fd = -1, .on_deadline = ready_try };
     a.late_timer = (struct watch){ .fd = -1, .on_deadline = agent_on_late };
     agent_signals(&a);
-    agent_listen(&a);
+    init_listen(&a);
     boot_stage(&a.boot, "listen");
     ready_try(&a.ready_timer);
     loop_after(&a.loop, &a.late_timer, READY_PATIENCE_MS);
@@ -9889,12 +10470,173 @@ static int init_main(int argc, char **argv, bool is_machine)
     return EXIT_OK;
 }
 
+/* ==== run: the same server as a process ==========================================
+ * Under another init, or as the first process of a container: a program and the fronts, and
+ * nothing of the machine. What the program leaves behind is adopted, reaped and ended. */
+static const char run_usage[] =
+    "usage: agent run [OPTION]... [DIR ENTRYPOINT]\n"
+    "\n"
+    "Serves a program by HTTP as an ordinary process or as the first of a container. Mounts, network and\n"
+    "hostname stay as they are; vsock is not touched unless an address says so.\n"
+    "\n"
+    "  --config FILE        a configuration in JSON, as a machine has it in " PATH_CONF "; options win\n"
+    "  --listen ADDRESS     where HTTP comes in: tcp:HOST:PORT, unix:PATH, vsock:PORT or fd:N; may be repeated;\n"
+    "                       tcp:127.0.0.1:8080 if there is none\n"
+    "  --wire ADDRESS       where a supervisor's instructions come in: vsock:PORT, unix:PATH or fd:N\n"
+    "  --env NAME=VALUE     a variable for the program; may be repeated\n"
+    "  --limit NAME=VALUE   README.md has the names; may be repeated\n"
+    "  --log debug\n"
+    "\n"
+    "SIGTERM stops the program, then it exits with 0. A program that does not start ends it with its exit\n"
+    "code (128 and the number of a signal), or 1.\n";
+
+static int run_options(struct options *o, int argc, char **argv)
+{
+    int i = 1;
+
+    for (; i < argc && argv[i][0] == '-'; i += 2) {
+        const char *value = i + 1 < argc ? argv[i + 1] : "", *wrong = NULL;
+
+        if (strcmp(argv[i], "--help") == 0)
+            return fputs(run_usage, stdout), -1;
+        if (strcmp(argv[i], "--listen") == 0)
+            wrong = strings_add(&o->told.listen, &o->told.listen_len, value) < 0 ? "no memory" : NULL;
+        else if (strcmp(argv[i], "--wire") == 0)
+            o->told.wire = span_dup(span_of(value));
+        else if (strcmp(argv[i], "--env") == 0 && (value[0] == '=' || !strchr(value, '=')))
+            wrong = "expected NAME=VALUE";
+        else if (strcmp(argv[i], "--env") == 0)
+            wrong = strings_add(&o->variables, &o->variables_len, value) < 0 ? "no memory" : NULL;
+        else
+            wrong = options_take(o, argv[i], value);
+        if (wrong) {
+            fprintf(stderr, "agent run: %s %s: %s\n\n%s", argv[i], value, *wrong ? wrong : "no such option", run_usage);
+            return EXIT_USAGE;
+        }
+    }
+    if (argc != i && argc != i + 2) {
+        fputs(run_usage, stderr);
+        return EXIT_USAGE;
+    }
+    o->folder = argc == i ? NULL : argv[i];
+    o->entrypoint = argc == i ? NULL : argv[i + 1];
+    return 0;
+}
+
+/* NULL, or what is wrong with the configuration. */
+static const char *run_check(struct agent *a)
+{
+    const char *machine;
+
+    if (agent_read_conf(a) < 0)
+        return a->missing;
+    if ((machine = conf_first(&a->conf, CONF_MACHINE, true)))
+        snprintf(a->missing, sizeof a->missing, "%s: %s: only for a machine of its own, `agent run` has none",
+                 a->options.config, machine);
+    else if (!a->conf.entrypoint)
+        snprintf(a->missing, sizeof a->missing, "there is no program: neither DIR ENTRYPOINT nor an entrypoint in a file");
+    return a->missing[0] ? a->missing : NULL;
+}
+
+/* Its own descriptors and its log, which must not block it: a pipe or terminal is opened anew,
+ * a socket cannot be, a file need not. */
+static void run_descriptors(void)
+{
+    struct rlimit files;
+    struct stat st;
+
+    boot_descriptors();
+    if (fstat(2, &st) == 0 && S_ISSOCK(st.st_mode))
+        fd_nonblock(2);
+    else if (!S_ISREG(st.st_mode))
+        boot_console("/proc/self/fd/2");
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur < (rlim_t)limits.conns + 1024) {
+        files.rlim_cur = files.rlim_max < (rlim_t)limits.conns + 1024 ? files.rlim_max : (rlim_t)limits.conns + 1024;
+        setrlimit(RLIMIT_NOFILE, &files);
+    }
+}
+
+/* A folder of its own for the shims, which run_end removes. */
+static const char *run_folder(void)
+{
+    static char path[PATH_MAX];
+    const char *where = getenv("TMPDIR");
+
+    snprintf(path, sizeof path, "%.*s/agent-XXXXXX", PATH_MAX - 16, where && where[0] == '/' ? where : "/tmp");
+    return mkdtemp(path);
+}
+
+static void run_remove_folder(const char *path)
+{
+    DIR *d = opendir(path);
+
+    for (struct dirent *e; d && (e = readdir(d));)
+        unlinkat(dirfd(d), e->d_name, 0);
+    if (d)
+        closedir(d);
+    rmdir(path);
+}
+
+static _Noreturn void run_end(struct agent *a)
+{
+    child_kill_all();
+    for (size_t i = 0; i < a->http_len; i++)
+        if (a->http[i].listener.watch.fd >= 0 && a->http[i].listener.address.kind == ADDRESS_UNIX)
+            unlink(a->http[i].listener.address.text + strlen("unix:"));
+    run_remove_folder(a->program.folder);
+    log_flush();
+    exit(a->exit_code);
+}
+
+static void run_on_setup_failed(struct agent *a)
+{
+    int status = a->program.status;
+
+    a->exit_code = status < 0 ? EXIT_FAILED : WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    agent_halt(a, "the program does not start");
+}
+
+static int run_main(int argc, char **argv)
+{
+    static struct agent a = { .is_process = true };
+    const char *wrong;
+    int usage = run_options(&a.options, argc, argv);
+
+    if (usage)
+        return usage < 0 ? EXIT_OK : usage;
+    a.boot.start_us = kernel_us();
+    if ((wrong = run_check(&a))) {
+        fprintf(stderr, "agent run: %s\n", wrong);
+        return EXIT_USAGE;
+    }
+    run_descriptors();
+    agent_init(&a);
+    a.program.env = environ;
+    a.program.optimize = "";
+    if (!(a.program.folder = run_folder()))
+        die("no temporary folder can be made: %s", strerror(errno));
+    prctl(PR_SET_DUMPABLE, 0);
+    prctl(PR_SET_CHILD_SUBREAPER, 1);
+    agent_signals(&a);
+    agent_choose_addresses(&a, NULL, "tcp:127.0.0.1:8080");
+    if (agent_listen(&a, true) < 0) {
+        a.exit_code = EXIT_FAILED;
+        run_end(&a);
+    }
+    agent_setup(&a);
+    loop_run(&a.loop);
+    run_end(&a);
+}
+
 /* ==== main ======================================================================= */
 static const char usage[] =
     "agent " AGENT_VERSION " - the init and application server of a microVM\n"
     "\n"
     "As /sbin/init of a guest it needs no arguments: it mounts, says ready to the host on vsock port 52,\n"
     "takes a configuration there and serves the program there and by HTTP on vsock port 80.\n"
+    "\n"
+    "As a process or in a container:\n"
+    "  agent run [OPTION]... [DIR ENTRYPOINT]           serve a program, leave the machine alone\n"
     "\n"
     "On the host:\n"
     "  agent call SOCKET ready                          wait until a guest says that it is ready\n"
@@ -9909,13 +10651,14 @@ static const char usage[] =
     "\n"
     "SOCKET is the guest's vsock as a Unix socket in Firecracker's manner. Each command has --help.\n"
     "\n"
-    "Kernel command line: agent.log=debug, agent.limit.NAME=VALUE (README.md has the names).\n"
+    "Kernel command line: agent.config=PATH instead of " PATH_CONF ", agent.log=debug,\n"
+    "agent.limit.NAME=VALUE (README.md has the names).\n"
     "Exit codes: 0 done, 1 failed, 2 wrong usage.\n";
 
 int main(int argc, char **argv)
 {
     static const struct { const char *word; int (*run)(int argc, char **argv); } commands[] = {
-        { "call", call_main }, { "forward", forward_main },
+        { "run", run_main }, { "call", call_main }, { "forward", forward_main },
     };
     const char *word = argc > 1 ? argv[1] : "";
 

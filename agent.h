@@ -26,6 +26,7 @@
 
 /* ---- Paths in the guest ---------------------------------------------------------- */
 #define PATH_OLD_ROOT   "/rom"                  /* the read-only root below the overlay */
+#define PATH_CONF       "/etc/agent.json"       /* read at boot */
 #define PATH_STATE      "/run/agent"            /* ours alone, 0755: the shim that Python runs */
 #define PATH_CODE_ASGI  "/opt"                  /* where asgi code is unpacked */
 #define PATH_CODE       "/opt/code"             /* where executables' code is unpacked or mounted */
@@ -148,5 +149,7 @@ enum frame_type {
 #define VOLUME_DEVICE_MAX   31              /* bytes of a volume's device name (BDEVNAME_SIZE) */
 #define VOLUME_MOUNT_MAX    1023            /* bytes of the path where it is mounted */
 #define VOLUME_MOUNTS_MAX   1024            /* mounts of anybody that halt detaches */
+#define CONF_FILE_MAX       (1 << 20)       /* a configuration file */
+#define LISTEN_MAX          16              /* addresses for HTTP */
 
 #endif

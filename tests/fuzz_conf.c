@@ -90,7 +90,7 @@ static void check_conf(struct conf *c)
     demand(!c->ip || !strpbrk(c->ip, " \n"), "an address");
     demand(conf_copy_program(&copy, c) == 0, "a copy");
     program_marshal(&copy, &marshalled);
-    char **env = program_env(&copy);
+    char **env = program_env(program_env_guest, &copy);
     size_t n = 0;
     while (env && env[n])
         demand(strchr(env[n++], '=') != NULL, "an environment");

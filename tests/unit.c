@@ -407,7 +407,7 @@ static void test_limits(void)
     struct limits saved = limits;
 
     EACH(i, table) {
-        const char *wrong = limit_set(table[i].text);
+        const char *wrong = limit_set(&limits, table[i].text);
         check(!wrong == !table[i].wrong && (!wrong || strncmp(wrong, table[i].wrong, strlen(table[i].wrong)) == 0),
               "\"%s\": %s", table[i].text, wrong ? wrong : "taken");
     }
@@ -419,7 +419,7 @@ static void test_limits(void)
         int64_t *value = (int64_t *)(void *)((char *)&limits + row->offset);
         check(*value >= row->least && *value <= row->most, "the default of %s", row->name);
         snprintf(text, sizeof text, "%s=%" PRId64, row->name, row->least);
-        check(!limit_set(text) && *value == row->least, "%s is set", row->name);
+        check(!limit_set(&limits, text) && *value == row->least, "%s is set", row->name);
     }
     limits = saved;
 }
@@ -685,7 +685,7 @@ static void test_conf_copy(void)
     check(conf_of(&c, map, sizeof map - 1, &why) == 0 && conf_copy_program(&copy, &c) == 0, "%s", buf_text(&why));
     conf_fini(&c);
     check(span_eq(copy.code, "a=1") && strcmp(copy.entrypoint, "m:a") == 0 && copy.variables_len == 3, "a copy stands alone");
-    char **env = program_env(&copy);
+    char **env = program_env(program_env_guest, &copy);
     unsigned a = 0, home = 0, path = 0, len = 0;
     for (; env[len]; len++) {
         a += strcmp(env[len], "A=2") == 0;
@@ -1765,12 +1765,12 @@ static void test_no_vsock(void)
         char *argv[] = { "init", "--listen", wire, "--http", http, "--ready", ready, "--api", api };
         if (sandboxed)
             check(init_options(&a.options, COUNT(argv), argv) == 0, "the options of a sandbox");
-        check(loop_init(&a.loop) == 0, "a loop");
-        program_init(&a.program, &a.loop, &a.children);
+        agent_init(&a);
+        check(a.loop.epoll_fd >= 0, "a loop");
         a.booted = a.ready_said = true;         /* what follows ready is another test's */
         asked_len = 0;
         log_forget();
-        agent_listen(&a);
+        init_listen(&a);
         for (int i = 0; i < 3; i++) {
             close(bench_connect_to(&a.loop, bridge_on_accept, &a.bridge.listener));
             loop_turn(&a.loop);
@@ -1783,10 +1783,11 @@ static void test_no_vsock(void)
         check(vsock_was_asked() == !sandboxed, sandboxed ? "AF_VSOCK is reachable in a sandbox" : "the control asks for it");
         loop_never(&a.loop, &a.ready_timer);
         if (sandboxed) {
-            check(a.aleph.listener.watch.fd >= 0 && a.http.listener.watch.fd >= 0, "it listens");
+            check(a.aleph.listener.watch.fd >= 0 && a.http[0].listener.watch.fd >= 0, "it listens");
             close(a.aleph.listener.watch.fd);
-            close(a.http.listener.watch.fd);
+            close(a.http[0].listener.watch.fd);
         }
+        settings_fini(&a.options.told);
         loop_fini(&a.loop);
     }
     unlink(wire + 5);
@@ -1817,6 +1818,7 @@ static void test_init_options(void)
             argc++;
         }
         check_number("the exit code", table[i].rc, init_options(&o, argc, argv));
+        settings_fini(&o.told);
     }
     dup2(err, 2);
     close(err);
