@@ -1929,7 +1929,7 @@ static void test_node_find(void)
           "it says what there is: %s", buf_text(&why));
     buf_fini(&why);
     /* Without nvm it is the one in PATH, whatever the pin, and so it is for "system". */
-    bool in_path = program_find("node", path, sizeof path);
+    bool in_path = program_find(PATH_PATH, "node", path, sizeof path);
     check(node_find(code, none, out, sizeof out, &why) == in_path && (in_path ? strcmp(out, path) == 0 : why.len > 0), "PATH without nvm");
     node_test_file(code, ".nvmrc", "system", 0644);
     buf_fini(&why);
