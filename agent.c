@@ -10102,6 +10102,9 @@ static int agent_parse_conf(struct agent *a)
         conf_fini(&a->conf);
         snprintf(a->missing, sizeof a->missing, "%s%s%s", a->options.config ? a->options.config : "",
                  a->options.config ? ": " : "", buf_text(&why));
+        for (char *p = a->missing; *p; p++)
+            if ((unsigned char)*p < 0x20 || *p == 0x7f)
+                *p = '?';                       /* a terminal may show it */
     }
     buf_fini(&why);
     return rc;
