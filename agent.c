@@ -10530,8 +10530,12 @@ static int run_options(struct options *o, int argc, char **argv)
 static const char *run_check(struct agent *a)
 {
     const char *machine;
+    struct buf why = { 0 };
 
-    if (agent_read_conf(a) < 0)
+    if (conf_check_settings(&a->options.told, &why) < 0)
+        snprintf(a->missing, sizeof a->missing, "%s", buf_text(&why));
+    buf_fini(&why);
+    if (a->missing[0] || agent_read_conf(a) < 0)
         return a->missing;
     if ((machine = conf_first(&a->conf, CONF_MACHINE, true)))
         snprintf(a->missing, sizeof a->missing, "%s: %s: only for a machine of its own, `agent run` has none",
@@ -10580,12 +10584,18 @@ static void run_remove_folder(const char *path)
     rmdir(path);
 }
 
+static void run_unlink(const struct listener *l)
+{
+    if (l->watch.fd >= 0 && l->address.kind == ADDRESS_UNIX)
+        unlink(l->address.text + strlen("unix:"));
+}
+
 static _Noreturn void run_end(struct agent *a)
 {
     child_kill_all();
+    run_unlink(&a->aleph.listener);
     for (size_t i = 0; i < a->http_len; i++)
-        if (a->http[i].listener.watch.fd >= 0 && a->http[i].listener.address.kind == ADDRESS_UNIX)
-            unlink(a->http[i].listener.address.text + strlen("unix:"));
+        run_unlink(&a->http[i].listener);
     run_remove_folder(a->program.folder);
     log_flush();
     exit(a->exit_code);
