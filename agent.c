@@ -32,6 +32,8 @@
 #include <inttypes.h>
 #include <limits.h>
 #include <linux/fs.h>
+#include <linux/input.h>
+#include <linux/magic.h>
 #include <linux/netlink.h>
 #include <linux/openat2.h>
 #include <linux/rtnetlink.h>
@@ -2055,6 +2057,8 @@ failed:
 /* ==== boot: what PID 1 does before it can serve ==================================
  * Every stage is timed and named. A stage that fails is logged and boot goes on as far as
  * it can: a guest that answers "this failed" is worth more than one that panics. */
+#define ROOT_WORD_MAX   256
+
 struct boot_stage { const char *name; int64_t kernel_us; };
 
 struct boot {
@@ -2062,6 +2066,10 @@ struct boot {
     struct boot_stage stages[32];   /* each with the time when it was done */
     size_t            stages_len;
     bool              printed;
+    /* as /init of an initramfs: what the kernel command line says of the root */
+    char              root[ROOT_WORD_MAX], root_types[ROOT_WORD_MAX], root_flags[ROOT_WORD_MAX];
+    bool              root_writable;
+    int               modules_fd;   /* the initramfs's, for a root that has none; -1 = none */
 };
 
 static void boot_stage(struct boot *b, const char *name)
@@ -2258,6 +2266,16 @@ static bool kernel_has(const char *file_system)
     return has;
 }
 
+static void boot_move_mounts(const char *root)
+{
+    for (const char *const *from = (const char *const[]){ "/proc", "/dev", "/sys", NULL }; *from; from++) {
+        char to[64];
+        snprintf(to, sizeof to, "%s%s", root, *from);
+        if (boot_path_is_mounted(*from) && mount(*from, to, NULL, MS_MOVE, NULL) < 0)
+            log_errno("move %s to %s", *from, to);
+    }
+}
+
 /* A read-only root gets a tmpfs over it; the old one stays at /rom (pivot_root(2)). The
  * tmpfs needs a folder to sit on until then, which must exist already. */
 static int boot_overlay(struct boot *b)
@@ -2298,17 +2316,182 @@ static int boot_overlay(struct boot *b)
         umount2(seats[i], MNT_DETACH);
         return -1;
     }
-    for (const char *const *move = (const char *const[]){ "/proc", "/dev", "/sys", NULL }; *move; move++) {
-        snprintf(path, sizeof path, "%s%s", root, *move);
-        if (boot_path_is_mounted(*move) && mount(*move, path, NULL, MS_MOVE, NULL) < 0)
-            log_errno("overlay: move %s", *move);
-    }
+    boot_move_mounts(root);
     snprintf(path, sizeof path, "%s" PATH_OLD_ROOT, root);
     if (mkdir(path, 0755) < 0 && errno != EEXIST)
         return log_errno("overlay: mkdir %s", path);
     if (syscall(SYS_pivot_root, root, path) < 0 || chdir("/") < 0)
         return log_errno("overlay: pivot_root");
     return 0;
+}
+
+/* ---- as /init of an initramfs: find the real root and go there ------------------------
+ * (Documentation/filesystems/ramfs-rootfs-initramfs.rst). The agent is all that such an
+ * initramfs needs, with lib/modules where the kernel's drivers are modules. */
+#define ROOT_SEAT           "/newroot"
+#define ROOT_DEVICE         "/dev/vda"
+#define ROOT_TYPES          "ext4,squashfs,btrfs,xfs,erofs"
+#define ROOT_POLL_MS        10
+#define ROOT_PATIENCE_MS    2000    /* a disk may be found late; then the console is told */
+#define ROOT_RETRY_MS       1000
+
+/* The kernel executes /init of an initramfs by this name; one whose init has another
+ * (rdinit=) is the root itself. */
+static bool boot_is_initramfs(const char *name)
+{
+    struct statfs fs;
+
+    return strcmp(name, "/init") == 0 && statfs("/", &fs) == 0
+        && (fs.f_type == RAMFS_MAGIC || fs.f_type == TMPFS_MAGIC);
+}
+
+/* root=, rootfstype=, rootflags=, ro and rw mean what they mean to the kernel. */
+static void boot_root_option(struct boot *b, const char *word)
+{
+    const struct { const char *key; char *value; } options[] = {
+        { "root=", b->root }, { "rootfstype=", b->root_types }, { "rootflags=", b->root_flags },
+    };
+
+    for (size_t i = 0; i < COUNT(options); i++) {
+        size_t n = strlen(options[i].key);
+        if (strncmp(word, options[i].key, n) != 0)
+            continue;
+        if (snprintf(options[i].value, ROOT_WORD_MAX, "%s", word + n) >= ROOT_WORD_MAX)
+            log_info("kernel command line: %.32s...: cut at %d bytes", word, ROOT_WORD_MAX - 1);
+    }
+    if (strcmp(word, "rw") == 0 || strcmp(word, "ro") == 0)
+        b->root_writable = word[1] == 'w';
+}
+
+/* One file system type, loading its module only if `load`. 0, or -1 and errno. */
+static int root_mount_as(const struct boot *b, const char *type, bool load)
+{
+    const char *const module[] = { type, NULL };
+
+    errno = EINVAL;
+    if (kernel_has(type) == load)
+        return -1;
+    if (load)
+        boot_modules(module);
+    return mount(b->root, ROOT_SEAT, type, MS_SILENT | (b->root_writable ? 0 : MS_RDONLY),
+                 b->root_flags[0] ? b->root_flags : NULL);
+}
+
+/* Tries what the kernel has, then what it has modules for: each refuses another's disk. */
+static int root_mount(const struct boot *b)
+{
+    for (int load = 0; load < 2; load++) {
+        char types[ROOT_WORD_MAX], *type, *rest;
+        snprintf(types, sizeof types, "%s", b->root_types[0] ? b->root_types : ROOT_TYPES);
+        for (type = strtok_r(types, ",", &rest); type; type = strtok_r(NULL, ",", &rest)) {
+            if (root_mount_as(b, type, load) == 0)
+                return 0;
+            if (errno != EINVAL && errno != ENODEV)
+                return -1;
+        }
+    }
+    errno = EINVAL;
+    return -1;
+}
+
+/* Until it is mounted, for ever: without a root nobody can be served, and whoever looks at
+ * the console must find the reason there and not a panic. */
+static void root_wait(const struct boot *b)
+{
+    static const char *const modules[] = { "virtio_pci", "virtio_mmio", "virtio_blk", NULL };
+    int64_t start = now_ms();
+    struct stat st;
+
+    if (stat(b->root, &st) < 0)
+        boot_modules(modules);
+    for (;;) {
+        bool is_there = stat(b->root, &st) == 0;
+        if (is_there && S_ISBLK(st.st_mode) && root_mount(b) == 0)
+            return;
+        if (!is_there && now_ms() - start < ROOT_PATIENCE_MS) {
+            usleep(ROOT_POLL_MS * 1000);
+            continue;
+        }
+        log_info("root=%s: %s; waiting for it", b->root,
+                 is_there && !S_ISBLK(st.st_mode) ? "not a disk" : is_there && errno == EINVAL
+                 ? "none of the file systems " ROOT_TYPES " or rootfstype=" : strerror(errno));
+        usleep(ROOT_RETRY_MS * 1000);
+    }
+}
+
+/* What the initramfs holds is memory. Other file systems and the folder `keep` stay. Takes fd. */
+static void root_discard_take(int fd, const struct stat *root, const struct stat *keep)
+{
+    DIR *d = fdopendir(fd);
+
+    for (struct dirent *e; d && (e = readdir(d));) {
+        struct stat st;
+        if (strcmp(e->d_name, ".") == 0 || strcmp(e->d_name, "..") == 0
+            || fstatat(fd, e->d_name, &st, AT_SYMLINK_NOFOLLOW) < 0 || st.st_dev != root->st_dev
+            || (st.st_dev == keep->st_dev && st.st_ino == keep->st_ino))
+            continue;
+        int sub = S_ISDIR(st.st_mode) ? openat(fd, e->d_name, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
+        if (sub >= 0)
+            root_discard_take(sub, root, keep);
+        unlinkat(fd, e->d_name, S_ISDIR(st.st_mode) ? AT_REMOVEDIR : 0);
+    }
+    if (d)
+        closedir(d);
+    else
+        fd_close(&fd);
+}
+
+#ifndef OPEN_TREE_CLONE             /* musl leaves these to linux/mount.h, which glibc excludes */
+#define OPEN_TREE_CLONE         1
+#define OPEN_TREE_CLOEXEC       O_CLOEXEC
+#define MOVE_MOUNT_F_EMPTY_PATH 4
+#endif
+
+/* Modules that a root lacks come from the initramfs: kept as a mount that has no place yet
+ * (open_tree(2), Linux 5.2), until the overlay has made room for one. */
+static void root_keep_modules(struct boot *b, struct stat *kept)
+{
+    char path[160];
+    struct utsname kernel;
+
+    uname(&kernel);
+    snprintf(path, sizeof path, ROOT_SEAT "/lib/modules/%.64s/modules.dep", kernel.release);
+    if (access(path, F_OK) < 0)
+        b->modules_fd = (int)syscall(SYS_open_tree, AT_FDCWD, "/lib/modules", OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
+    if (b->modules_fd >= 0)
+        stat("/lib/modules", kept);
+}
+
+static void boot_attach_modules(struct boot *b)
+{
+    if (b->modules_fd >= 0 && (mkdir_all("/lib/modules", 0755) < 0
+        || syscall(SYS_move_mount, b->modules_fd, "", AT_FDCWD, "/lib/modules", MOVE_MOUNT_F_EMPTY_PATH) < 0))
+        log_errno("/lib/modules of the initramfs");
+    fd_close(&b->modules_fd);
+}
+
+/* Mounts the root, loads what is wanted before its overlay has been made, and goes there. */
+static void boot_root(struct boot *b)
+{
+    static const char *const early[] = { "vmw_vsock_virtio_transport", "overlay", NULL };
+    struct stat root, kept = { 0 };
+
+    if (!b->root[0])
+        snprintf(b->root, sizeof b->root, ROOT_DEVICE);
+    mkdir(ROOT_SEAT, 0755);
+    root_wait(b);
+    boot_stage(b, "root");
+    boot_modules(early);
+    boot_stage(b, "modules");
+    root_keep_modules(b, &kept);
+    boot_move_mounts(ROOT_SEAT);
+    int fd = open("/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd >= 0 && fstat(fd, &root) == 0)
+        root_discard_take(fd, &root, &kept);
+    if (chdir(ROOT_SEAT) < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 || chdir("/") < 0)
+        log_errno("switch to the root");
+    boot_mount_early();             /* what the root had no folder for */
+    boot_stage(b, "switch");
 }
 
 /* ---- cgroups: version 2, or the old hierarchy where the kernel has no other ---- */
@@ -9767,6 +9950,9 @@ static int forward_main(int argc, char **argv)
 
 /* ==== init: PID 1 ================================================================ */
 #define READY_PATIENCE_MS   100     /* then the rest of boot goes first */
+#define BUTTON_PATIENCE_MS  1000    /* after boot: a configuration goes first */
+#define BUTTONS_MAX         4
+#define INPUTS_MAX          32      /* /dev/input/event0 and on */
 #define HALT_MARGIN_MS      300     /* of halt_ms: what follows when a volume is still held */
 #define READY_RETRY_MAX_MS  1000    /* between two tries, however long nobody has listened */
 
@@ -9778,6 +9964,11 @@ struct options {
     char          **variables;      /* "NAME=VALUE" */
     size_t          variables_len;
     struct settings told;
+};
+
+struct button {
+    struct watch  watch;            /* an input device with a power key; fd -1: none */
+    struct agent *agent;
 };
 
 struct agent {
@@ -9800,6 +9991,7 @@ struct agent {
     int64_t             conf_wait_ms;
     bool                is_process;         /* `agent run`: the machine is somebody else's */
     int                 exit_code;
+    const char         *name;               /* by which the kernel has executed us */
     struct watch        signals;
     struct address      host;               /* where ready is said */
     struct conn         ready;              /* its connection */
@@ -9809,6 +10001,10 @@ struct agent {
     struct job          sync;
     struct watch        halt_timer;
     int64_t             halt_end_ms;
+    bool                halt_off;           /* power off, where that is possible, or else reboot */
+    struct button       buttons[BUTTONS_MAX];   /* those found come first */
+    struct watch        button_timer;
+    struct job          button_job;
     enum { HALT_NO, HALT_PROGRAM, HALT_SETUP, HALT_SYNC, HALT_ANSWER } halt_state;
 };
 
@@ -9896,24 +10092,48 @@ static void ready_try(struct watch *timer)
 
 /* ---- halt ---- */
 
+/* Whether the machine can be switched off from within: on x86 one without ACPI cannot, stands
+ * still instead, and has no power button either. A reset ends a microVM just as well. */
+static bool halt_can_power_off(const struct agent *a)
+{
+#ifdef __x86_64__
+    return a->buttons[0].watch.fd >= 0;
+#else
+    (void)a;
+    return true;                    /* PSCI, SBI: the firmware does it */
+#endif
+}
+
 static void halt_now(struct agent *a)
 {
+    bool off = a->halt_off && (agent_is_sandboxed(a) || halt_can_power_off(a));
+
     if (a->is_process)
         run_end(a);
-    log_info("halt: reboot");
+    log_info("halt: %s", off ? "power off" : "reboot");
     log_flush();
     if (agent_is_sandboxed(a))
         exit(EXIT_OK);
-    reboot(RB_AUTOBOOT);
+    reboot(off ? RB_POWER_OFF : RB_AUTOBOOT);
     log_errno("reboot");
-    reboot(RB_POWER_OFF);
+    reboot(off ? RB_AUTOBOOT : RB_POWER_OFF);
+}
+
+/* Some file systems take no other end for a clean one. What was killed has still to die. */
+static void halt_root(int64_t end_ms)
+{
+    struct statvfs fs;
+
+    if (statvfs("/", &fs) < 0 || (fs.f_flag & ST_RDONLY))
+        return;
+    while (mount(NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL) < 0 && errno == EBUSY && now_ms() < end_ms)
+        usleep(VOL_POLL_US);
 }
 
 /* Nothing but PID 1 and this child has a file open after kill(2). */
 static int halt_sync(void *arg, struct buf *why)
 {
     const struct agent *a = arg;
-    struct statvfs fs;
 
     (void)why;
     if (!boot_is_machine) {
@@ -9923,8 +10143,7 @@ static int halt_sync(void *arg, struct buf *why)
     kill(-1, SIGKILL);
     sync();
     vol_umount_all(a->halt_end_ms - HALT_MARGIN_MS);
-    if (statvfs("/", &fs) == 0 && !(fs.f_flag & ST_RDONLY))
-        mount(NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL);   /* an overlay refuses; it is only memory */
+    halt_root(a->halt_end_ms - HALT_MARGIN_MS);         /* an overlay refuses; it is only memory */
     return 0;
 }
 
@@ -9988,13 +10207,14 @@ static void halt_on_deadline(struct watch *t)
     halt_answer(a);
 }
 
-static void agent_halt(struct agent *a, const char *reason)
+static void agent_halt(struct agent *a, const char *reason, bool off)
 {
     if (a->halt_state == HALT_ANSWER)
         aleph_say_stopped(&a->aleph);
     if (a->halt_state != HALT_NO)
         return;
     log_info("halt: %s", reason);
+    a->halt_off = off;
     a->halt_state = HALT_PROGRAM;
     a->halt_end_ms = now_ms() + limits.halt_ms;
     loop_after(&a->loop, &a->halt_timer, limits.halt_ms);
@@ -10003,10 +10223,28 @@ static void agent_halt(struct agent *a, const char *reason)
 
 static void agent_on_aleph_halt(struct aleph_server *s)
 {
-    agent_halt(s->owner, "asked by the host");
+    agent_halt(s->owner, "asked by the host", false);
 }
 
 /* ---- signals ---- */
+
+/* What other inits take for a request: ctrl-alt-del (reboot(2)), a failing power supply,
+ * busybox's halt, poweroff and reboot, systemd's in that order (systemd(1); glibc's SIGRTMIN
+ * is 34). A machine that is halted and not off serves nobody. */
+static const struct { int sig; bool off, of_processes; } halt_signals[] = {
+    { SIGINT,  false, true  }, { SIGPWR,  true, true  },
+    { SIGUSR1, true,  false }, { SIGUSR2, true, false }, { SIGTERM, false, true  },
+    { 34 + 3,  true,  false }, { 34 + 4,  true, false }, { 34 + 5,  false, false },
+};
+
+static bool halt_is_off(int sig)
+{
+    bool off = false;
+
+    for (size_t i = 0; i < COUNT(halt_signals); i++)
+        off |= halt_signals[i].sig == sig && halt_signals[i].off;
+    return off;
+}
 
 static void agent_reap(struct agent *a)
 {
@@ -10022,13 +10260,13 @@ static void agent_on_signal(struct watch *w, uint32_t events)
 
     while (events && read(w->fd, &info, sizeof info) == sizeof info)
         if (info.ssi_signo != SIGCHLD)
-            agent_halt(a, strsignal((int)info.ssi_signo));
+            agent_halt(a, strsignal((int)info.ssi_signo), halt_is_off((int)info.ssi_signo));
     agent_reap(a);
 }
 
-/* SIGCHLD, and the three that mean halt: SIGTERM, SIGINT (ctrl-alt-del, reboot(2)) and
- * SIGPWR. Every other that can be ignored is. A process is also ended by its terminal, unless
- * nohup(1) asked not to, and leaves what it has no use for as it is. */
+/* SIGCHLD and those that mean halt. Every other that can be ignored is. A process is also
+ * ended by its terminal, unless nohup(1) asked not to, and leaves what it has no use for as
+ * it is. */
 static int agent_signals(struct agent *a)
 {
     sigset_t wanted;
@@ -10036,9 +10274,9 @@ static int agent_signals(struct agent *a)
 
     sigemptyset(&wanted);
     sigaddset(&wanted, SIGCHLD);
-    sigaddset(&wanted, SIGTERM);
-    sigaddset(&wanted, SIGINT);
-    sigaddset(&wanted, SIGPWR);
+    for (size_t i = 0; i < COUNT(halt_signals); i++)
+        if (!a->is_process || halt_signals[i].of_processes)
+            sigaddset(&wanted, halt_signals[i].sig);
     if (a->is_process) {
         sigaction(SIGPIPE, &ignore, NULL);
         sigaddset(&wanted, SIGQUIT);
@@ -10177,6 +10415,79 @@ static void agent_on_conf_timer(struct watch *t)
         agent_setup(a);
 }
 
+/* ---- the power button: an input device (Documentation/input/input.rst) ---- */
+
+static void button_on_event(struct watch *w, uint32_t events)
+{
+    struct button *b = CONTAINER(w, struct button, watch);
+    struct input_event ev[16];
+    ssize_t n = events ? read(w->fd, ev, sizeof ev) : 0;
+
+    for (size_t i = 0; n > 0 && i < (size_t)n / sizeof *ev; i++)
+        if (ev[i].type == EV_KEY && ev[i].code == KEY_POWER && ev[i].value == 1)
+            agent_halt(b->agent, "power button", true);
+    if (n < 0 && errno != EAGAIN && errno != EINTR)         /* the device has gone */
+        loop_want(&b->agent->loop, w, 0);
+}
+
+/* The machine's own: a keyboard has a power key, too. */
+static bool button_is_power(int fd)
+{
+    unsigned char keys[KEY_MAX / 8 + 1] = { 0 };
+    struct input_id id = { 0 };
+
+    return ioctl(fd, (int)EVIOCGID, &id) >= 0 && id.bustype == BUS_HOST
+        && ioctl(fd, (int)EVIOCGBIT(EV_KEY, sizeof keys), keys) >= 0
+        && (keys[KEY_POWER / 8] >> KEY_POWER % 8 & 1);
+}
+
+static void button_open(struct agent *a)
+{
+    size_t found = 0;
+
+    for (int i = 0; i < INPUTS_MAX && found < COUNT(a->buttons); i++) {
+        struct button *b = &a->buttons[found];
+        char path[32];
+        snprintf(path, sizeof path, "/dev/input/event%d", i);
+        int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+        if (fd < 0)
+            continue;
+        b->watch = (struct watch){ .fd = fd, .on_event = button_on_event };
+        b->agent = a;
+        if (button_is_power(fd) && loop_want(&a->loop, &b->watch, EPOLLIN) == 0)
+            found++;
+        else
+            fd_close(&b->watch.fd);
+    }
+    log_debug("power button: %zu devices", found);
+}
+
+static int button_load(void *arg, struct buf *why)
+{
+    static const char *const modules[] = { "button", "evdev", NULL };
+
+    (void)arg, (void)why;
+    boot_modules(modules);
+    return 0;
+}
+
+static void button_on_loaded(struct job *j, bool ok, struct span report)
+{
+    (void)ok, (void)report;
+    button_open(CONTAINER(j, struct agent, button_job));
+}
+
+/* When the host has had its answer, most likely. */
+static void button_on_time(struct watch *timer)
+{
+    struct agent *a = CONTAINER(timer, struct agent, button_timer);
+
+    a->button_job.run = button_load;
+    a->button_job.on_done = button_on_loaded;
+    if (job_start(&a->button_job, &a->loop, &a->children, "power button", limits.start_ms) < 0)
+        button_open(a);
+}
+
 /* ---- boot ---- */
 
 /* agent.config=PATH, agent.limit.NAME=VALUE, agent.log=LEVEL; the kernel's own words are not ours. */
@@ -10196,15 +10507,17 @@ static void agent_option(struct options *o, const char *word)
         log_info("kernel command line: %s: %s", word, wrong);
 }
 
-static void agent_read_command_line(struct options *o)
+static void agent_read_command_line(struct agent *a)
 {
     struct buf line = { 0 };
     char *rest;
 
     if (file_load("/proc/cmdline", &line, 64 << 10) == 0) {
         buf_text(&line);
-        for (char *word = strtok_r(line.data + line.start, " \n", &rest); word; word = strtok_r(NULL, " \n", &rest))
-            agent_option(o, word);
+        for (char *word = strtok_r(line.data + line.start, " \n", &rest); word; word = strtok_r(NULL, " \n", &rest)) {
+            agent_option(&a->options, word);
+            boot_root_option(&a->boot, word);
+        }
     }
     buf_fini(&line);
 }
@@ -10221,8 +10534,10 @@ static void agent_boot_early(struct agent *a)
     boot_console(agent_is_sandboxed(a) ? "/proc/self/fd/2" : "/dev/console");
     if (!agent_is_sandboxed(a)) {
         boot_stage(b, "proc, dev, console");
-        agent_read_command_line(&a->options);
+        agent_read_command_line(a);
         boot_stage(b, "command line");
+        if (boot_is_initramfs(a->name))
+            boot_root(b);
         if (!boot_has_vsock()) {
             boot_modules(vsock);
             boot_stage(b, "modules");
@@ -10248,6 +10563,7 @@ static void agent_boot_late(struct agent *a)
     if (!agent_is_sandboxed(a)) {
         boot_overlay(b);
         boot_stage(b, "overlay");
+        boot_attach_modules(b);
         if (boot_mount_early()) {   /* a folder for it could not be made before */
             boot_console("/dev/console");
             boot_protect();
@@ -10266,6 +10582,8 @@ static void agent_boot_late(struct agent *a)
     agent_listen(a, true);
     if (a->conf.entrypoint)
         agent_setup(a);
+    if (!agent_is_sandboxed(a))
+        loop_after(&a->loop, &a->button_timer, BUTTON_PATIENCE_MS);
 }
 
 static void agent_on_late(struct watch *timer)
@@ -10445,11 +10763,14 @@ static int init_options(struct options *o, int argc, char **argv)
     return 0;
 }
 
+/* As the machine's init, argv[0] alone counts: the kernel passes on words that it does not know. */
 static int init_main(int argc, char **argv, bool is_machine)
 {
     static struct agent a;          /* for the life of the machine */
 
     a.boot.start_us = kernel_us();
+    a.boot.modules_fd = -1;
+    a.name = argc > 0 ? argv[0] : "";
     boot_is_machine = is_machine;
     if (!is_machine) {
         int wrong = init_options(&a.options, argc, argv);
@@ -10463,6 +10784,9 @@ static int init_main(int argc, char **argv, bool is_machine)
     agent_init(&a);
     a.ready_timer = (struct watch){ .fd = -1, .on_deadline = ready_try };
     a.late_timer = (struct watch){ .fd = -1, .on_deadline = agent_on_late };
+    a.button_timer = (struct watch){ .fd = -1, .on_deadline = button_on_time };
+    for (size_t i = 0; i < COUNT(a.buttons); i++)
+        a.buttons[i].watch.fd = -1;
     agent_signals(&a);
     init_listen(&a);
     boot_stage(&a.boot, "listen");
@@ -10606,7 +10930,7 @@ static void run_on_setup_failed(struct agent *a)
     int status = a->program.status;
 
     a->exit_code = status < 0 ? EXIT_FAILED : WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-    agent_halt(a, "the program does not start");
+    agent_halt(a, "the program does not start", false);
 }
 
 static int run_main(int argc, char **argv)
@@ -10684,8 +11008,8 @@ int main(int argc, char **argv)
         fputs(usage, stdout);
         return EXIT_OK;
     }
-    if (getpid() == 1)              /* the kernel passes on words that it does not know */
-        return init_main(0, NULL, true);
+    if (getpid() == 1)
+        return init_main(argc, argv, true);
     fputs(usage, stderr);
     return EXIT_USAGE;
 }

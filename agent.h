@@ -19,6 +19,12 @@
 #define EXIT_FAILED     1       /* the other side answered with an error, or could not be reached */
 #define EXIT_USAGE      2       /* the command line makes no sense */
 
+/* ---- Requests to halt, besides the host's on port 52 -------------------------------
+ * Signals to PID 1; every other is ignored:
+ *   reboot      SIGTERM (busybox reboot), SIGINT (ctrl-alt-del), 39 (systemd's SIGRTMIN+5)
+ *   power off   SIGUSR2, SIGUSR1 (busybox poweroff, halt), SIGPWR, 38, 37 (SIGRTMIN+4, +3)
+ * and the power button: power off. Where a machine cannot be switched off it is rebooted. */
+
 /* ---- vsock ports (vsock(7)); the host is CID 2, VMADDR_CID_HOST ----------------- */
 #define PORT_ALEPH      52      /* host to guest: instructions; guest to host: ready */
 #define PORT_API        53      /* guest to host: the guest API, from PATH_API_SOCKET */

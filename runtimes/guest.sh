@@ -26,6 +26,8 @@ MODULES_EXTRA='vsock_loopback virtio_mmio ext4 btrfs xfs button evdev'
 
 GUEST_MEMORY=${GUEST_MEMORY:-1024M}
 GUEST_CPUS=${GUEST_CPUS:-1}
+GUEST_MACHINE=q35           # or microvm, whose GUEST_BUS is `device`: virtio by MMIO, no PCI
+GUEST_BUS=pci
 GUEST_ARGS='console=ttyS0 reboot=k panic=1 swiotlb=noforce random.trust_cpu=on loglevel=4 cryptomgr.notests ro'
 GUEST_SILENT_S=10           # a boot that printed nothing after so much time of a processor, or
 GUEST_STUCK_S=60            # of the clock, is started again: a busy machine is slow, not stuck
@@ -257,14 +259,20 @@ guest_need() {
     GUEST_VSOCK=$GUEST_CACHE/vsock-${VSOCK_SHA256:0:12}/usr/bin/vhost-device-vsock
 }
 
-# The Debian tree of the recipe runtimes/NAME, without the agent. Sets GUEST_BASE.
+# The Debian tree of the recipe runtimes/NAME, without the agent. A recipe with a kernel of its
+# own gets no modules of ours. Sets GUEST_BASE.
 guest_base() {
-    local recipe=$GUEST_ROOT/runtimes/$1
+    local recipe=$GUEST_ROOT/runtimes/$1 kernel
     guest_need
+    kernel=$GUEST_KERNEL
+    if grep -q '^PACKAGES=.*linux-image' "$recipe"; then
+        kernel=$GUEST_CACHE/kernel-none
+        mkdir -p "$kernel/lib/modules"
+    fi
     GUEST_BASE=$GUEST_CACHE/$1-$(declare -f guest_make_base |
-        guest_hash - "$recipe" <(echo "${GUEST_KERNEL##*/}")).base
+        guest_hash - "$recipe" <(echo "${kernel##*/}")).base
     [ -e "$GUEST_BASE" ] || ((EUID == 0)) || die 'a root image can only be made as root'
-    guest_once "$GUEST_BASE" guest_make_base "$recipe" "$GUEST_KERNEL"
+    guest_once "$GUEST_BASE" guest_make_base "$recipe" "$kernel"
     find "$GUEST_CACHE" -maxdepth 1 -name "$1-*.base" ! -path "$GUEST_BASE" -delete
 }
 
@@ -306,7 +314,7 @@ guest_qemu() {
     *) set -- -accel tcg,thread=multi -cpu max "$@" ;;
     esac
     spawn "$GUEST/qemu.log" qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none \
-        -machine q35,memory-backend=mem -smp "$GUEST_CPUS" -m "$GUEST_MEMORY" \
+        -machine "$GUEST_MACHINE,memory-backend=mem" -smp "$GUEST_CPUS" -m "$GUEST_MEMORY" \
         -object "memory-backend-memfd,id=mem,size=$GUEST_MEMORY,share=on" \
         -chardev "file,id=console,path=$GUEST/console" -serial chardev:console \
         -kernel "$GUEST_KERNEL/vmlinuz" -initrd "$GUEST_INITRAMFS" "$@"
@@ -387,9 +395,10 @@ guest_boot() {
     for ((try = 1; try <= GUEST_TRIES; try++)); do
         guest_vsock
         guest_qemu "$GUEST_ACCEL" -append "$args" \
-            -drive "file=$GUEST_IMAGE,format=raw,if=virtio,readonly=on" \
+            -drive "file=$GUEST_IMAGE,format=raw,if=none,id=root,readonly=on" \
+            -device "virtio-blk-$GUEST_BUS,drive=root" \
             -chardev "socket,id=vsock,path=$GUEST/vh.sock" \
-            -device vhost-user-vsock-pci,chardev=vsock "$@"
+            -device "vhost-user-vsock-$GUEST_BUS,chardev=vsock" "$@"
         ! guest_await . || return 0
         guest_stop
         say "boot $try of $GUEST_TRIES printed nothing. $(tail -n 3 "$GUEST/qemu.log")"
