@@ -18,8 +18,8 @@
  *     whoever caused it and once in the log.
  *
  * Sections, each using only those above it (grep '^/\* ====' agent.c):
- *   log sys buf loop text mp conf boot net zip vol child conn exchange worker node program job setup
- *   aleph http pump bridge call forward init run main
+ *   log sys buf loop text mp conf boot net zip vol child conn exchange runner worker upstream
+ *   node program job setup aleph http pump bridge call forward init run main
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -1279,6 +1279,14 @@ static void mp_write_text(struct buf *out, struct span s, size_t most)
  * already, and what only a host would say (interface, encoding) follows from the entrypoint. */
 enum conf_source { CONF_WIRE = 1, CONF_FILE = 2 };
 enum interface { INTERFACE_ASGI, INTERFACE_EXECUTABLE };
+
+/* What the entrypoint is started by. */
+enum launch {
+    LAUNCH_WORKER,      /* module:attribute: Python, by shims/worker.py */
+    LAUNCH_NODE,        /* file.js, .mjs, .cjs, perhaps :export: Node, by shims/node.cjs */
+    LAUNCH_PYTHON,      /* file.py and arguments */
+    LAUNCH_EXEC,        /* a file and arguments */
+};
 enum encoding { ENCODING_NONE, ENCODING_PLAIN, ENCODING_ZIP, ENCODING_SQUASHFS };
 
 struct conf_pair { char *name, *value; };
@@ -1313,11 +1321,13 @@ struct conf {
     size_t              volumes_len;
     /* derived by conf_check */
     enum interface      interface;
+    enum launch         launch;
     enum encoding       encoding;
     char                hostname[HOSTNAME_MAX + 1];     /* "" = leave it alone */
     char                old_hostname[HOSTNAME_MAX + 2]; /* set by setup_start */
 };
 
+#define CONF_ARGS_MAX   64          /* of an entrypoint */
 #define CONF_LIST_MAX   64          /* name servers, keys and volumes that one list may hold */
 
 static void strings_free(char **list, size_t len)
@@ -1657,14 +1667,56 @@ static int conf_check_network(const struct conf *c, struct buf *why)
     return 0;
 }
 
-/* module.path:attribute; plain code may leave the module out, as it is its own. */
+/* The entrypoint's first word, which may carry :export if it is Node's. */
+static struct span conf_entry_file(const struct conf *c)
+{
+    return (struct span){ c->entrypoint, strcspn(c->entrypoint, c->launch == LAUNCH_NODE ? ": " : " ") };
+}
+
+static bool span_ends(struct span s, const char *end)
+{
+    size_t n = strlen(end);
+    return s.n > n && memcmp(s.p + s.n - n, end, n) == 0;
+}
+
+static enum launch conf_launch(const struct conf *c)
+{
+    struct span word = { c->entrypoint, strcspn(c->entrypoint, ": ") };
+
+    if (span_ends(word, ".js") || span_ends(word, ".mjs") || span_ends(word, ".cjs"))
+        return LAUNCH_NODE;
+    if (c->interface == INTERFACE_ASGI)
+        return LAUNCH_WORKER;
+    return span_ends(conf_entry_file(c), ".py") ? LAUNCH_PYTHON : LAUNCH_EXEC;
+}
+
+/* A file and perhaps arguments. Plain code is put into that file. */
+static int conf_check_command(const struct conf *c, struct buf *why)
+{
+    struct span file = conf_entry_file(c);
+    size_t words = 1;
+
+    for (const char *p = c->entrypoint; *p; p++)
+        words += *p == ' ' && p[1] != ' ' && p[1];
+    if (file.n == 0 || words > CONF_ARGS_MAX)
+        return conf_wrong(why, "entrypoint: \"%.128s\" is not a file and at most %d arguments", c->entrypoint, CONF_ARGS_MAX - 1);
+    if (c->launch == LAUNCH_NODE && c->entrypoint[file.n] == ' ')
+        return conf_wrong(why, "entrypoint: \"%.128s\": a file for Node takes no arguments", c->entrypoint);
+    if (c->encoding == ENCODING_PLAIN && (memchr(file.p, '/', file.n) || file.p[0] == '.'))
+        return conf_wrong(why, "entrypoint: \"%.128s\" is no name for a file of plain code", c->entrypoint);
+    return 0;
+}
+
+/* For a Python worker module.path:attribute; plain code may leave the module out, as it is its own. */
 static int conf_check_entrypoint(const struct conf *c, struct buf *why)
 {
     const char *e = c->entrypoint, *colon = strchr(e, ':');
     size_t n = strlen(e);
 
-    if (n == 0 || n > 512)
-        return conf_wrong(why, "entrypoint: %zu bytes, expected 1 to 512", n);
+    if (n == 0 || n > ENTRYPOINT_MAX)
+        return conf_wrong(why, "entrypoint: %zu bytes, expected 1 to %d", n, ENTRYPOINT_MAX);
+    if (c->launch != LAUNCH_WORKER)
+        return conf_check_command(c, why);
     if (!colon && c->encoding == ENCODING_PLAIN)
         return 0;
     if (!colon || colon == e || colon[1] == '\0' || strchr(colon + 1, ':'))
@@ -1823,6 +1875,9 @@ static int conf_check_file(struct conf *c, struct buf *why)
     if (c->name && !hostname_ok(c->name))
         return conf_wrong(why, "hostname: \"%.64s\" is none of at most %d characters", c->name, HOSTNAME_MAX);
     snprintf(c->hostname, sizeof c->hostname, "%s", c->name ? c->name : "");
+    bool is_module = strchr(c->entrypoint, ':') && !strpbrk(c->entrypoint, " /");
+    c->interface = is_module ? INTERFACE_ASGI : INTERFACE_EXECUTABLE;
+    c->launch = conf_launch(c);
     return 0;
 }
 
@@ -1845,7 +1900,9 @@ static int conf_check_wire(struct conf *c, struct buf *why)
         return conf_wrong(why, "vm_hash: expected an even number of hex digits, at most 78");
     if (c->encoding != ENCODING_SQUASHFS && !c->code.p)
         return conf_wrong(why, "code: missing");
-    if (c->encoding == ENCODING_PLAIN && (!utf8_ok(c->code) || memchr(c->code.p, 0, c->code.n)))
+    c->launch = conf_launch(c);
+    if (c->encoding == ENCODING_PLAIN && c->launch == LAUNCH_WORKER
+        && (!utf8_ok(c->code) || memchr(c->code.p, 0, c->code.n)))
         return conf_wrong(why, "code: not UTF-8 text");
     return 0;
 }
@@ -1865,8 +1922,6 @@ static int conf_check(struct conf *c, struct buf *why)
     if ((c->source == CONF_FILE ? conf_check_file(c, why) : conf_check_wire(c, why)) < 0
         || conf_check_entrypoint(c, why) < 0 || conf_check_network(c, why) < 0 || conf_check_volumes(c, why) < 0)
         return -1;
-    if (c->interface != INTERFACE_ASGI)
-        return conf_wrong(why, "interface: executables are not served by agent " AGENT_VERSION);
     return 0;
 }
 
@@ -2025,10 +2080,20 @@ static const char *conf_code_folder(const struct conf *c)
     return c->interface == INTERFACE_ASGI && c->encoding != ENCODING_SQUASHFS ? PATH_CODE_ASGI : PATH_CODE;
 }
 
+/* The file that the entrypoint names: in the folder of the code, or anywhere. */
+static void conf_entry_path(const struct conf *c, char *out, size_t size)
+{
+    struct span file = conf_entry_file(c);
+
+    snprintf(out, size, "%s%s%.*s", file.p[0] == '/' ? "" : conf_code_folder(c), file.p[0] == '/' ? "" : "/",
+             (int)file.n, file.p);
+}
+
 /* What a program needs to be started again and again: all but the bulk. 0, or -1: no memory. */
 static int conf_copy_program(struct conf *to, const struct conf *from)
 {
-    *to = (struct conf){ .source = from->source, .interface = from->interface, .encoding = from->encoding };
+    *to = (struct conf){ .source = from->source, .interface = from->interface, .launch = from->launch,
+                         .encoding = from->encoding };
     memcpy(to->hostname, from->hostname, sizeof to->hostname);
     if (from->folder && !(to->folder = span_dup(span_of(from->folder))))
         return -1;
@@ -2043,7 +2108,7 @@ static int conf_copy_program(struct conf *to, const struct conf *from)
         if (!v->name || !v->value)
             goto failed;
     }
-    if (from->encoding == ENCODING_PLAIN) {
+    if (from->encoding == ENCODING_PLAIN && from->launch == LAUNCH_WORKER) {
         if (buf_add_span(&to->raw, from->code) < 0)
             goto failed;
         to->code = buf_span(&to->raw);
@@ -4249,11 +4314,13 @@ struct children {
     bool          has_cgroup;       /* PATH_CGROUP/program is there for programs */
 };
 
+#define CHILD_FDS   5
+
 struct spawn {
     char *const *argv;              /* argv[0] is a path; NULL: call run(arg) instead */
     char *const *envp;
     const char  *cwd;               /* NULL: stay */
-    int          fds[4];            /* become 0 to 3; -1: /dev/null for 0 to 2, none for 3 */
+    int          fds[CHILD_FDS];    /* become 0 and up; -1: /dev/null for 0 to 2, none past them */
     bool         in_cgroup;
     int        (*run)(void *arg);   /* in a fork, its result is the exit code */
     void        *arg;
@@ -4274,15 +4341,15 @@ static void child_signals_default(void)
 
 static void child_take_fds(const int *fds)
 {
-    int high[4];
+    int high[CHILD_FDS];
 
-    for (int i = 0; i < 4; i++) {               /* first out of the way of each other */
+    for (int i = 0; i < CHILD_FDS; i++) {               /* first out of the way of each other */
         int fd = fds[i];
         if (fd < 0 && i < 3)
             fd = open("/dev/null", O_RDWR | O_CLOEXEC);
         high[i] = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 10);
     }
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < CHILD_FDS; i++)
         if (high[i] >= 0)
             dup2(high[i], i);
 }
@@ -4317,7 +4384,10 @@ static _Noreturn void child_become(const struct spawn *s, bool has_cgroup)
         dprintf(2, "chdir %s: %s\n", s->cwd, strerror(errno));
     else {
         execve(s->argv[0], s->argv, s->envp);
-        dprintf(2, "exec %s: %s\n", s->argv[0], strerror(errno));
+        int error = errno;          /* ENOENT may be said of what the file itself needs, execve(2) */
+        bool there = error == ENOENT && access(s->argv[0], F_OK) == 0;
+        dprintf(2, "exec %s: %s%s\n", s->argv[0], strerror(error), there
+                ? ": the interpreter that its first line or its ELF head names" : "");
     }
     _exit(CHILD_EXEC_FAILED);
 }
@@ -5072,7 +5142,8 @@ struct request {
     const char *http_version;       /* "1.0", "1.1" */
     struct buf  text;               /* what the parts point into */
     struct part method, raw_path, query, event;
-    struct part fields;             /* fields_count times name NUL value NUL, names lower case */
+    struct part upgrade;            /* the protocol that the client offers to change to; n is 0: none */
+    struct part fields;             /* fields_count times name NUL value NUL, as the client wrote them */
     uint32_t    fields_count;
 };
 
@@ -5109,6 +5180,7 @@ struct exchange {
     struct watch          timer;    /* the limit for the response head */
     struct request        request;  /* freed as soon as the backend has sent it on */
     bool                  head_seen;
+    bool                  may_upgrade;          /* 101 is an answer; then bytes go both ways as they come */
     int64_t               body_left;            /* of a declared Content-Length; -1: none declared */
     struct exchange      *next, **link;         /* in the program's queue */
 };
@@ -5187,6 +5259,46 @@ static bool field_next(struct span *rest, struct span *name, struct span *value)
     return true;
 }
 
+/* Whether a value of Connection names the field: it ends at this connection too. */
+static bool field_is_named_in(struct span connection, struct span name)
+{
+    while (connection.n > 0) {
+        const char *comma = memchr(connection.p, ',', connection.n);
+        struct span item = { connection.p, comma ? (size_t)(comma - connection.p) : connection.n };
+        size_t step = item.n + (comma ? 1 : 0);
+        while (item.n > 0 && (item.p[0] == ' ' || item.p[0] == '\t'))
+            item = (struct span){ item.p + 1, item.n - 1 };
+        while (item.n > 0 && (item.p[item.n - 1] == ' ' || item.p[item.n - 1] == '\t'))
+            item.n--;
+        if (item.n == name.n && strncasecmp(item.p, name.p, name.n) == 0)
+            return true;
+        connection = (struct span){ connection.p + step, connection.n - step };
+    }
+    return false;
+}
+
+/* Whether a field of a message goes no further than the connection that it came by. */
+static bool field_is_dropped(struct span fields, struct span name)
+{
+    struct span field, value;
+
+    if (field_is_hop_by_hop(name))
+        return true;
+    while (field_next(&fields, &field, &value))
+        if (span_eq_nocase(field, "connection") && field_is_named_in(value, name))
+            return true;
+    return false;
+}
+
+/* "Name: value", as a line of a head. */
+static void field_add_line(struct buf *out, struct span name, struct span value)
+{
+    buf_add_span(out, name);
+    buf_add_text(out, ": ");
+    buf_add_span(out, value);
+    buf_add_text(out, "\r\n");
+}
+
 /* The backend has gone or is done with this exchange. */
 static void exchange_leave(struct exchange *ex)
 {
@@ -5221,13 +5333,13 @@ static void exchange_cancel_fail(struct exchange *ex, enum failure kind, const c
 }
 
 /* Checks a head. NULL, or what is wrong with it. */
-static const char *response_head_check(struct response_head *h)
+static const char *response_head_check(struct response_head *h, bool may_upgrade)
 {
     struct span rest = h->fields, name, value;
     int64_t length;
 
     h->content_length = -1;
-    if (h->status < 200 || h->status > 999)
+    if ((h->status < 200 && !(may_upgrade && h->status == 101)) || h->status > 999)
         return "a status outside of 200 to 999";
     if (h->fields_count > limits.head_fields)
         return "too many fields";
@@ -5250,7 +5362,7 @@ static const char *response_head_check(struct response_head *h)
 
 static void exchange_head(struct exchange *ex, struct response_head *h)
 {
-    const char *wrong = response_head_check(h);
+    const char *wrong = response_head_check(h, ex->may_upgrade);
 
     if (wrong) {
         exchange_cancel_fail(ex, FAILURE_BAD_RESPONSE, "the program answered with %s", wrong);
@@ -5276,6 +5388,48 @@ static void exchange_end(struct exchange *ex)
 static void exchange_room_grew(struct exchange *ex)
 {
     ex->front->on_room(ex);
+}
+
+static void nothing_cancelled(struct exchange *ex)
+{
+    (void)ex;
+}
+
+static void nothing_consumed(struct exchange *ex, size_t n)
+{
+    (void)ex;
+    (void)n;
+}
+
+static void nothing_taken(struct exchange *ex, struct span data, bool last)
+{
+    (void)ex;
+    (void)data;
+    (void)last;
+}
+
+static size_t nothing_fits(struct exchange *ex)
+{
+    (void)ex;
+    return 0;
+}
+
+/* For an exchange that waits, or whose answer is ours. */
+static const struct backend nobody_backend = {
+    .room = nothing_fits, .body = nothing_taken, .consumed = nothing_consumed, .cancel = nothing_cancelled,
+};
+
+/* Answers in the program's place. */
+static void exchange_answer(struct exchange *ex, int status, struct span fields, unsigned fields_count, struct span body)
+{
+    struct response_head h = { .status = status, .fields = fields, .fields_count = fields_count };
+
+    ex->backend = &nobody_backend;
+    exchange_head(ex, &h);
+    if (ex->backend)
+        exchange_data(ex, body);
+    if (ex->backend)
+        exchange_end(ex);
 }
 
 /* ---- called by fronts ---- */
@@ -5323,9 +5477,125 @@ static void exchange_start(struct exchange *ex, struct loop *loop, const struct 
     ex->loop = loop;
     ex->backend = backend;
     ex->head_seen = false;
+    ex->may_upgrade = ex->request.upgrade.n > 0;
     ex->body_left = -1;
     ex->timer = (struct watch){ .fd = -1, .on_deadline = exchange_on_deadline };
     loop_after(loop, &ex->timer, limits.response_head_ms);
+}
+
+/* ==== runner: the program's process ==============================================
+ * What a Python worker and a program that speaks HTTP have in common: one child, what it
+ * prints, how far it has come, how it ends. The two sections that follow are its kinds; the
+ * program, further down, owns it and is told of its life. */
+enum runner_state {
+    RUNNER_BOOTING,     /* an interpreter starts */
+    RUNNER_WARM,        /* it waits for a configuration */
+    RUNNER_STARTING,    /* it loads the program, or does not listen yet */
+    RUNNER_READY,
+    RUNNER_STOPPING,    /* asked to end */
+    RUNNER_BROKEN,      /* killed, or gone */
+};
+
+#define RUNNER_REAP_MS  200         /* between the end of its connections and its own */
+
+struct runner;
+
+struct runner_owner {
+    void (*on_warm)(struct runner *);
+    void (*on_ready)(struct runner *);
+    void (*on_start_failed)(struct runner *, struct span text, struct span traceback);
+    void (*on_refused)(struct runner *, struct exchange *);     /* it listens no more: keep this one */
+    void (*on_gone)(struct runner *, int status);   /* dead and reaped: runner_free it */
+};
+
+struct runner_kind {
+    void (*request)(struct runner *, struct exchange *);        /* its state is RUNNER_READY */
+    void (*stop)(struct runner *);                  /* says so before SIGTERM; may be NULL */
+    void (*deafen)(struct runner *);                /* nothing that it says counts any more */
+    void (*read_rest)(struct runner *);             /* it is dead; its last words */
+    void (*fail_all)(struct runner *, enum failure, struct span text, struct span traceback);
+    void (*free)(struct runner *);
+};
+
+struct runner {
+    const struct runner_kind  *kind;
+    const struct runner_owner *owner;
+    void                      *program;     /* the owner's own */
+    struct loop               *loop;
+    struct children           *children;
+    struct child               child;
+    enum runner_state          state;
+    struct output              output;
+    char                       name[80];    /* of the program, for the log */
+    char                       broken[160]; /* why it was killed, for the error replies */
+};
+
+/* Kills one that cannot go on; how it ended is told once it is reaped. */
+PRINTF(2, 3) static void runner_break(struct runner *r, const char *format, ...)
+{
+    va_list ap;
+
+    if (r->state == RUNNER_BROKEN)
+        return;
+    r->state = RUNNER_BROKEN;
+    va_start(ap, format);
+    vsnprintf(r->broken, sizeof r->broken, format, ap);
+    va_end(ap);
+    log_info("%s: %s: killed", r->child.name, r->broken);
+    r->kind->deafen(r);
+    child_signal(&r->child, SIGKILL);
+}
+
+static void runner_on_exit(struct child *c, int status)
+{
+    struct runner *r = CONTAINER(c, struct runner, child);
+
+    r->kind->read_rest(r);
+    output_close(&r->output);
+    r->state = RUNNER_BROKEN;
+    r->owner->on_gone(r, status);
+}
+
+/* A stopped process answers nothing and never dies; one that merely computes is not stopped. */
+static void runner_on_stop(struct child *c, int sig)
+{
+    runner_break(CONTAINER(c, struct runner, child), "it was stopped by signal %d (%s)", sig, strsignal(sig));
+}
+
+/* Forks; what the child prints goes to r->output, which the spawn's descriptors 1 and 2 are set
+ * to. 0, or -1 and errno. */
+static int runner_start(struct runner *r, const char *name, struct spawn *s)
+{
+    snprintf(r->name, sizeof r->name, "%s", name);
+    r->child = (struct child){ .name = r->name, .on_exit = runner_on_exit, .on_stop = runner_on_stop };
+    int out = output_open(&r->output, r->loop, r->name);
+    if (out < 0)
+        return -1;
+    s->in_cgroup = true;
+    s->fds[1] = s->fds[2] = out;
+    int rc = child_spawn(r->children, &r->child, s);
+    fd_close(&out);
+    if (rc < 0)
+        output_close(&r->output);
+    return rc;
+}
+
+/* Asks it to end; runner_kill follows where it does not. */
+static void runner_stop(struct runner *r)
+{
+    if (r->state == RUNNER_BROKEN)
+        return;
+    if (r->kind->stop)
+        r->kind->stop(r);
+    r->state = RUNNER_STOPPING;
+    child_signal(&r->child, SIGTERM);
+}
+
+static void runner_kill(struct runner *r)
+{
+    r->state = RUNNER_BROKEN;
+    r->kind->deafen(r);
+    child_signal(&r->child, SIGKILL);
 }
 
 /* ==== worker: the backend that speaks frames to a Python process =================
@@ -5341,7 +5611,6 @@ EMBED(shim_worker, "shims/worker.py");
 
 #define WORKER_SHIM     "worker.py"
 #define WORKER_STREAMS  256         /* buckets; streams are numbered in turn */
-#define WORKER_REAP_MS  200         /* between the end of its channel and its own */
 #define WORKER_OUT_HIGH (1 << 20)   /* past this no more of any request body is taken */
 #define WORKER_OUT_MAX  (16 << 20)  /* past this no more requests are */
 
@@ -5355,39 +5624,19 @@ struct stream {
     struct stream   *next;
 };
 
-enum worker_state {
-    WORKER_BOOTING,     /* the interpreter starts */
-    WORKER_WARM,        /* it waits for a configuration */
-    WORKER_STARTING,    /* it loads the program */
-    WORKER_READY,
-    WORKER_STOPPING,    /* asked to end */
-    WORKER_BROKEN,      /* killed, or gone */
-};
-
-/* What becomes of a worker, told to the program that owns it. */
-struct worker_owner {
-    void (*on_warm)(struct worker *);
-    void (*on_ready)(struct worker *);
-    void (*on_start_failed)(struct worker *, struct span text, struct span traceback);
-    void (*on_gone)(struct worker *, int status);   /* dead and reaped: worker_free it */
-};
-
 struct worker {
-    struct watch               channel;     /* first member; our end of the socketpair */
-    struct child               child;
-    struct loop               *loop;
-    struct children           *children;
-    const struct worker_owner *owner;
-    void                      *program;     /* the owner's own */
-    enum worker_state          state;
-    struct buf                 in, out;
-    struct output              output;
-    struct stream             *streams[WORKER_STREAMS];
-    uint32_t                   next_id;
-    bool                       choked;      /* a body waits for `out` to get shorter */
-    char                       name[80];    /* of the program, for the log */
-    char                       broken[160]; /* why it was killed, for the error replies */
+    struct runner  runner;          /* first member */
+    struct watch   channel;         /* our end of the socketpair */
+    struct buf     in, out;
+    struct stream *streams[WORKER_STREAMS];
+    uint32_t       next_id;
+    bool           choked;          /* a body waits for `out` to get shorter */
 };
+
+static struct worker *worker_of(struct runner *r)
+{
+    return CONTAINER(r, struct worker, runner);
+}
 
 /* ---- marshal version 2, as CPython's Python/marshal.c reads it ---- */
 
@@ -5402,6 +5651,14 @@ static void marshal_bytes(struct buf *out, struct span s)
 {
     marshal_u32(out, 's', (uint32_t)s.n);
     buf_add_span(out, s);
+}
+
+/* ASGI wants the names of fields in lower case. */
+static void marshal_lower(struct buf *out, struct span s)
+{
+    marshal_u32(out, 's', (uint32_t)s.n);
+    for (size_t i = 0; i < s.n; i++)
+        buf_add_byte(out, (unsigned char)tolower((unsigned char)s.p[i]));
 }
 
 /* The text must be UTF-8. */
@@ -5500,7 +5757,7 @@ static void marshal_scope(struct buf *out, const struct request *r)
     marshal_list(out, r->fields_count);
     for (rest = request_part(r, r->fields); field_next(&rest, &name, &value);) {
         marshal_tuple(out, 2);
-        marshal_bytes(out, name);
+        marshal_lower(out, name);
         marshal_bytes(out, value);
     }
     buf_add_byte(out, MARSHAL_DICT_END);
@@ -5544,7 +5801,7 @@ static void frame_end(struct worker *w, size_t at, uint32_t stream, enum frame_t
     if (!w->out.failed)
         frame_head(w->out.data + w->out.start + at,
                    (uint32_t)(w->out.len - at - FRAME_HEADER_BYTES), stream, type, flags);
-    loop_soon(w->loop, &w->channel);
+    loop_soon(w->runner.loop, &w->channel);
 }
 
 static void frame_send(struct worker *w, uint32_t stream, enum frame_type type, unsigned flags, struct span payload)
@@ -5659,27 +5916,12 @@ static int worker_request(struct worker *w, struct exchange *ex)
     *head = s;
     ex->backend = &worker_backend;
     ex->stream = s;
+    ex->may_upgrade = false;
     request_fini(&ex->request);
     return 0;
 }
 
 /* ---- frames in ---- */
-
-/* Kills a worker that cannot go on; how it ended is told once it is reaped. */
-PRINTF(2, 3) static void worker_break(struct worker *w, const char *format, ...)
-{
-    va_list ap;
-
-    if (w->state == WORKER_BROKEN)
-        return;
-    w->state = WORKER_BROKEN;
-    va_start(ap, format);
-    vsnprintf(w->broken, sizeof w->broken, format, ap);
-    va_end(ap);
-    log_info("%s: %s: killed", w->child.name, w->broken);
-    loop_want(w->loop, &w->channel, 0);
-    child_signal(&w->child, SIGKILL);
-}
 
 /* Message NUL traceback. */
 static void failure_split(struct span payload, struct span *text, struct span *traceback)
@@ -5697,7 +5939,7 @@ static void worker_on_head(struct worker *w, struct stream *s, struct span paylo
     unsigned n = 0;
 
     if (s->head_seen || s->is_event || payload.n < 4) {
-        worker_break(w, "it sent %s", s->head_seen ? "two heads for one request"
+        runner_break(&w->runner, "it sent %s", s->head_seen ? "two heads for one request"
                      : s->is_event ? "a head for an event" : "a head cut short");
         return;
     }
@@ -5708,7 +5950,7 @@ static void worker_on_head(struct worker *w, struct stream *s, struct span paylo
     while (field_next(&rest, &name, &value))
         n++;
     if (rest.n > 0 || n != h.fields_count) {
-        worker_break(w, "it sent a head that is not %u names and values", h.fields_count);
+        runner_break(&w->runner, "it sent a head that is not %u names and values", h.fields_count);
         return;
     }
     s->head_seen = true;
@@ -5721,12 +5963,12 @@ static void worker_on_body(struct worker *w, struct stream **at, struct span pay
     struct stream *s = *at;
 
     if (s->ex && !s->head_seen && !s->is_event) {
-        worker_break(w, "it sent a body before its head");
+        runner_break(&w->runner, "it sent a body before its head");
         return;
     }
     s->recv_credit -= (int64_t)payload.n;
     if (s->recv_credit < 0) {
-        worker_break(w, "it sent more of a body than it had credit for");
+        runner_break(&w->runner, "it sent more of a body than it had credit for");
         return;
     }
     if (s->ex && payload.n > 0)
@@ -5755,7 +5997,7 @@ static void worker_on_stream(struct worker *w, uint32_t id, unsigned type, unsig
     struct stream **at = stream_find(w, id), *s = *at;
 
     if (!s) {
-        worker_break(w, "it sent a frame for request %u, which is not open", id);
+        runner_break(&w->runner, "it sent a frame for request %u, which is not open", id);
         return;
     }
     switch (type) {
@@ -5770,12 +6012,12 @@ static void worker_on_stream(struct worker *w, uint32_t id, unsigned type, unsig
         break;
     case FRAME_WINDOW:
         if (payload.n != 4 || (s->send_credit += frame_u32(payload.p)) > WORKER_CREDIT)
-            worker_break(w, "it gave more credit than it had taken");
+            runner_break(&w->runner, "it gave more credit than it had taken");
         else if (s->ex && !s->body_sent)
             exchange_room_grew(s->ex);
         break;
     default:
-        worker_break(w, "it sent a frame of unknown type %u", type);
+        runner_break(&w->runner, "it sent a frame of unknown type %u", type);
     }
 }
 
@@ -5784,31 +6026,31 @@ static void worker_on_self(struct worker *w, unsigned type, struct span payload)
 {
     struct span text, traceback;
 
-    if (type == FRAME_HELLO && w->state == WORKER_BOOTING) {
-        w->state = WORKER_WARM;
-        w->owner->on_warm(w);
-    } else if (type == FRAME_READY && w->state == WORKER_STARTING) {
-        w->state = WORKER_READY;
-        w->owner->on_ready(w);
-    } else if (type == FRAME_START_FAILED && w->state == WORKER_STARTING) {
-        w->state = WORKER_STOPPING;
+    if (type == FRAME_HELLO && w->runner.state == RUNNER_BOOTING) {
+        w->runner.state = RUNNER_WARM;
+        w->runner.owner->on_warm(&w->runner);
+    } else if (type == FRAME_READY && w->runner.state == RUNNER_STARTING) {
+        w->runner.state = RUNNER_READY;
+        w->runner.owner->on_ready(&w->runner);
+    } else if (type == FRAME_START_FAILED && w->runner.state == RUNNER_STARTING) {
+        w->runner.state = RUNNER_STOPPING;
         failure_split(payload, &text, &traceback);
-        w->owner->on_start_failed(w, text, traceback);
-    } else if (w->state != WORKER_STOPPING) {
-        worker_break(w, "it sent a frame of type %u out of turn", type);
+        w->runner.owner->on_start_failed(&w->runner, text, traceback);
+    } else if (w->runner.state != RUNNER_STOPPING) {
+        runner_break(&w->runner, "it sent a frame of type %u out of turn", type);
     }
 }
 
 /* Takes whole frames from w->in. */
 static void worker_parse(struct worker *w)
 {
-    while (w->in.len >= FRAME_HEADER_BYTES && w->state != WORKER_BROKEN) {
+    while (w->in.len >= FRAME_HEADER_BYTES && w->runner.state != RUNNER_BROKEN) {
         const char *p = buf_at(&w->in);
         uint32_t length = frame_u32(p), id = frame_u32(p + 4);
         unsigned type = (unsigned char)p[8], flags = (unsigned char)p[9];
 
         if (length > WORKER_FRAME_MAX || p[10] || p[11] || flags & ~(unsigned)FRAME_END) {
-            worker_break(w, "it sent a malformed frame (%u bytes of type %u)", length, type);
+            runner_break(&w->runner, "it sent a malformed frame (%u bytes of type %u)", length, type);
             return;
         }
         if (w->in.len < FRAME_HEADER_BYTES + length)
@@ -5826,14 +6068,14 @@ static void worker_parse(struct worker *w)
  * says more than that it hung up, so that moment is given. */
 static void worker_hung_up(struct worker *w)
 {
-    loop_want(w->loop, &w->channel, 0);
-    if (w->child.pid > 0 && w->state != WORKER_STOPPING && !w->channel.heap_at)
-        loop_after(w->loop, &w->channel, WORKER_REAP_MS);
+    loop_want(w->runner.loop, &w->channel, 0);
+    if (w->runner.child.pid > 0 && w->runner.state != RUNNER_STOPPING && !w->channel.heap_at)
+        loop_after(w->runner.loop, &w->channel, RUNNER_REAP_MS);
 }
 
 static void worker_on_deadline(struct watch *watch)
 {
-    worker_break(CONTAINER(watch, struct worker, channel), "it closed its channel");
+    runner_break(&CONTAINER(watch, struct worker, channel)->runner, "it closed its channel");
 }
 
 /* Reads and handles what has come, at most `rounds` reads. */
@@ -5841,7 +6083,7 @@ static void worker_read(struct worker *w, int rounds)
 {
     static char bytes[CONN_READ_BYTES];
 
-    while (rounds-- > 0 && w->channel.fd >= 0 && w->state != WORKER_BROKEN) {
+    while (rounds-- > 0 && w->channel.fd >= 0 && w->runner.state != RUNNER_BROKEN) {
         ssize_t n = SYS_READ(w->channel.fd, bytes, sizeof bytes);
         if (n < 0 && (errno == EAGAIN || errno == EINTR))
             return;
@@ -5850,7 +6092,7 @@ static void worker_read(struct worker *w, int rounds)
             return;
         }
         if (buf_add(&w->in, bytes, (size_t)n) < 0) {
-            worker_break(w, "no memory for its frames");
+            runner_break(&w->runner, "no memory for its frames");
             return;
         }
         worker_parse(w);
@@ -5860,7 +6102,7 @@ static void worker_read(struct worker *w, int rounds)
 static void worker_flush(struct worker *w)
 {
     if (w->out.failed) {            /* a frame is missing in the middle: nothing after it makes sense */
-        worker_break(w, "no memory for frames to it");
+        runner_break(&w->runner, "no memory for frames to it");
         return;
     }
     while (w->out.len > 0) {
@@ -5877,9 +6119,9 @@ static void worker_flush(struct worker *w)
     }
     if (w->choked && w->out.len < WORKER_OUT_HIGH)
         worker_unchoke(w);
-    if (w->state != WORKER_BROKEN && !w->channel.heap_at
-        && loop_want(w->loop, &w->channel, worker_interest(w)) < 0)
-        worker_break(w, "its channel cannot be watched");
+    if (w->runner.state != RUNNER_BROKEN && !w->channel.heap_at
+        && loop_want(w->runner.loop, &w->channel, worker_interest(w)) < 0)
+        runner_break(&w->runner, "its channel cannot be watched");
 }
 
 static void worker_on_event(struct watch *watch, uint32_t events)
@@ -5888,7 +6130,7 @@ static void worker_on_event(struct watch *watch, uint32_t events)
 
     if (events & ~(uint32_t)EPOLLOUT)
         worker_read(w, 4);
-    if (w->state != WORKER_BROKEN && w->channel.fd >= 0)
+    if (w->runner.state != RUNNER_BROKEN && w->channel.fd >= 0)
         worker_flush(w);
 }
 
@@ -5897,20 +6139,21 @@ static void worker_on_event(struct watch *watch, uint32_t events)
 static void worker_bury(struct watch *watch)
 {
     struct worker *w = CONTAINER(watch, struct worker, channel);
-    output_fini(&w->output);
+    output_fini(&w->runner.output);
     buf_fini(&w->in);
     buf_fini(&w->out);
     free(w);
 }
 
-/* Gives a dead worker up; its exchanges have been failed by worker_fail_all. */
-static void worker_free(struct worker *w)
+static void worker_free(struct runner *r)
 {
-    loop_bury(w->loop, &w->channel, worker_bury);
+    loop_bury(r->loop, &worker_of(r)->channel, worker_bury);
 }
 
-static void worker_fail_all(struct worker *w, enum failure kind, struct span text, struct span traceback)
+static void worker_fail_all(struct runner *r, enum failure kind, struct span text, struct span traceback)
 {
+    struct worker *w = worker_of(r);
+
     for (size_t i = 0; i < WORKER_STREAMS; i++)
         while (w->streams[i]) {
             struct exchange *ex = stream_close(&w->streams[i]);
@@ -5919,87 +6162,893 @@ static void worker_fail_all(struct worker *w, enum failure kind, struct span tex
         }
 }
 
-static void worker_on_exit(struct child *c, int status)
+static void worker_deafen(struct runner *r)
 {
-    struct worker *w = CONTAINER(c, struct worker, child);
-
-    worker_read(w, 1024);           /* what it had answered before it died still counts */
-    output_close(&w->output);
-    w->state = WORKER_BROKEN;
-    w->owner->on_gone(w, status);
+    loop_want(r->loop, &worker_of(r)->channel, 0);
 }
 
-/* A stopped process answers nothing and never dies; one that merely computes is not stopped. */
-static void worker_on_stop(struct child *c, int sig)
+/* What it had answered before it died still counts. */
+static void worker_read_rest(struct runner *r)
 {
-    worker_break(CONTAINER(c, struct worker, child), "it was stopped by signal %d (%s)", sig, strsignal(sig));
+    worker_read(worker_of(r), 1024);
 }
 
-/* Starts an interpreter with the shim. argv: interpreter, options, WORKER_SHIM. The worker
- * comes to on_warm, on_ready … and at its end always to on_gone. NULL and errno. */
-static struct worker *worker_start(struct loop *loop, struct children *children, const char *name,
-                                   char *const *argv, char *const *envp)
+/* Asks for lifespan shutdown and an end. */
+static void worker_stop(struct runner *r)
+{
+    frame_send(worker_of(r), 0, FRAME_SHUTDOWN, 0, SPAN(""));
+}
+
+static void worker_request_any(struct runner *r, struct exchange *ex)
+{
+    struct worker *w = worker_of(r);
+
+    if (w->out.len >= WORKER_OUT_MAX)
+        exchange_fail(ex, FAILURE_NOT_STARTED, SPAN("too many requests wait for the program to read them"), SPAN(""));
+    else if (worker_request(w, ex) == 0)
+        exchange_room_grew(ex);
+    else
+        exchange_fail(ex, FAILURE_NO_MEMORY, SPAN("no memory for the request"), SPAN(""));
+}
+
+static const struct runner_kind worker_kind = {
+    .request = worker_request_any, .stop = worker_stop, .deafen = worker_deafen,
+    .read_rest = worker_read_rest, .fail_all = worker_fail_all, .free = worker_free,
+};
+
+/* Starts an interpreter with the shim. argv: interpreter, options, WORKER_SHIM. It comes to
+ * on_warm, on_ready … and at its end always to on_gone. NULL and errno. */
+static struct runner *worker_start(const struct runner *base, const char *name, char *const *argv, char *const *envp)
 {
     struct worker *w = calloc(1, sizeof *w);
-    int ends[2] = { -1, -1 }, out = -1;
+    int ends[2] = { -1, -1 };
 
     if (!w)
         return NULL;
-    snprintf(w->name, sizeof w->name, "%s", name);
-    w->loop = loop;
-    w->children = children;
+    w->runner = *base;
+    w->runner.kind = &worker_kind;
     w->next_id = 1;
-    w->channel.fd = -1;
-    w->output.watch.fd = -1;
-    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0 || fd_nonblock(ends[0]) < 0
-        || (out = output_open(&w->output, loop, w->name)) < 0)
+    w->channel = (struct watch){ .fd = -1, .on_event = worker_on_event, .on_deadline = worker_on_deadline };
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0)
         goto failed;
-    w->channel = (struct watch){ .fd = ends[0], .on_event = worker_on_event,
-                                  .on_deadline = worker_on_deadline };
-    w->child = (struct child){ .name = w->name, .on_exit = worker_on_exit, .on_stop = worker_on_stop };
-    if (loop_want(loop, &w->channel, EPOLLIN) < 0)
-        goto failed;
-    if (child_spawn(children, &w->child, &(struct spawn){ .argv = argv, .envp = envp,
-                    .fds = { -1, out, out, ends[1] }, .in_cgroup = true }) < 0)
+    w->channel.fd = ends[0];
+    if (fd_nonblock(ends[0]) < 0 || loop_want(base->loop, &w->channel, EPOLLIN) < 0
+        || runner_start(&w->runner, name, &(struct spawn){ .argv = argv, .envp = envp,
+                        .fds = { -1, -1, -1, ends[1], -1 } }) < 0)
         goto failed;
     fd_close(&ends[1]);
-    fd_close(&out);
-    return w;
+    return &w->runner;
 failed:
     log_errno("%s: start", name);
     fd_close(&ends[1]);
-    fd_close(&out);
-    output_close(&w->output);
-    if (w->channel.fd < 0)
-        w->channel.fd = ends[0];
-    worker_free(w);
+    worker_free(&w->runner);
     return NULL;
 }
 
-static void worker_configure(struct worker *w, const char *name, struct buf *marshalled)
+static void worker_configure(struct runner *r, const char *name, struct buf *marshalled)
 {
-    snprintf(w->name, sizeof w->name, "%s", name);
-    assert(w->state == WORKER_WARM);
-    w->state = WORKER_STARTING;
+    struct worker *w = worker_of(r);
+
+    snprintf(r->name, sizeof r->name, "%s", name);
+    assert(r->state == RUNNER_WARM);
+    r->state = RUNNER_STARTING;
     frame_send(w, 0, FRAME_CONFIGURE, 0, buf_span(marshalled));
     w->out.failed |= marshalled->failed;
 }
 
-/* Asks for lifespan shutdown and an end; worker_kill follows where it does not come. */
-static void worker_stop(struct worker *w)
+/* ==== upstream: the backend that speaks HTTP/1.1 to the program ==================
+ * The program is a process that listens on a TCP port of the loopback; the agent is the
+ * gateway in front of it (RFC 9110 section 3.7). What it answers is hostile input: llhttp
+ * parses it strictly, what is ambiguous is refused, and a connection on which anything was
+ * odd carries no second exchange. Node's shim gets the listening socket from us and says by
+ * frames on fd 4 how far it is; whether another program listens, the kernel tells. */
+EMBED(shim_node, "shims/node.cjs");
+
+#define NODE_SHIM           "node.cjs"
+#define UPSTREAM_CREDIT     (64 << 10)      /* response bytes that the front has not passed on */
+#define UPSTREAM_IDLE_MAX   256             /* connections kept for later */
+#define UPSTREAM_SURE_MS    1000            /* idle for less, a connection is still good */
+#define UPSTREAM_PROBE_MS   10              /* between two looks whether it listens */
+#define UPSTREAM_TUNNEL_MS  1000            /* from one end of a tunnel to the other */
+
+enum up_state { UP_HEAD, UP_BODY, UP_TUNNEL };
+
+/* One connection to the program. */
+struct up {
+    struct conn      conn;          /* first member */
+    struct upstream *of;
+    struct up       *next, **link;  /* in of->busy or of->idle */
+    struct exchange *ex;            /* NULL: idle */
+    enum up_state    state;
+    llhttp_t         parser;
+    const char      *wrong;         /* what is wrong with the response, set by a callback */
+    struct buf       head;          /* its fields, name NUL value NUL … */
+    struct part      name;          /* the last of them */
+    unsigned         fields;
+    size_t           head_bytes;    /* interim responses count too */
+    size_t           held;          /* see UPSTREAM_CREDIT */
+    bool             connected;
+    bool             parked;        /* in of->idle */
+    bool             reused;        /* it has carried an exchange before */
+    bool             answered;      /* a byte of the response has come */
+    bool             chunked;       /* the request's body goes in chunks */
+    bool             body_sent, is_head, interim, complete, keep_alive;
+};
+
+struct upstream {
+    struct runner    runner;        /* first member */
+    struct conns     conns;         /* apart from the fronts', which have a limit */
+    struct address   address;       /* where it listens */
+    unsigned         port;
+    struct up       *busy, *idle;   /* the last used first */
+    size_t           idle_len;
+    struct watch     reports;       /* from Node's shim; fd is -1 for any other program */
+    struct buf       in;            /* of them */
+    struct watch     probe;
+    struct exchange *lost;          /* whose connections have ended: perhaps the program has */
+    struct watch     lost_timer;
+};
+
+static struct upstream *upstream_of(struct runner *r)
 {
-    if (w->state == WORKER_BROKEN)
-        return;
-    frame_send(w, 0, FRAME_SHUTDOWN, 0, SPAN(""));
-    w->state = WORKER_STOPPING;
-    child_signal(&w->child, SIGTERM);
+    return CONTAINER(r, struct upstream, runner);
 }
 
-static void worker_kill(struct worker *w)
+static void up_link(struct up **list, struct up *u)
 {
-    w->state = WORKER_BROKEN;
-    loop_want(w->loop, &w->channel, 0);
-    child_signal(&w->child, SIGKILL);
+    u->next = *list;
+    if (u->next)
+        u->next->link = &u->next;
+    u->link = list;
+    *list = u;
+}
+
+static void up_unlink(struct up *u)
+{
+    *u->link = u->next;
+    if (u->next)
+        u->next->link = u->link;
+}
+
+/* ---- exchanges whose connection ended: the process may be about to be reaped ---- */
+
+static void lost_unlink(struct exchange *ex)
+{
+    *ex->link = ex->next;
+    if (ex->next)
+        ex->next->link = ex->link;
+}
+
+static const struct backend lost_backend = {
+    .room = nothing_fits, .body = nothing_taken, .consumed = nothing_consumed, .cancel = lost_unlink,
+};
+
+static void lost_add(struct upstream *up, struct exchange *ex)
+{
+    ex->backend = &lost_backend;
+    ex->next = up->lost;
+    if (ex->next)
+        ex->next->link = &ex->next;
+    ex->link = &up->lost;
+    up->lost = ex;
+    if (!up->lost_timer.heap_at)
+        loop_after(up->runner.loop, &up->lost_timer, RUNNER_REAP_MS);
+}
+
+static void lost_fail_all(struct upstream *up, enum failure kind, struct span text, struct span traceback)
+{
+    while (up->lost) {
+        struct exchange *ex = up->lost;
+        lost_unlink(ex);
+        exchange_fail(ex, kind, text, traceback);
+    }
+}
+
+/* It has not died: it only closed its connections. */
+static void lost_on_deadline(struct watch *t)
+{
+    struct upstream *up = CONTAINER(t, struct upstream, lost_timer);
+
+    while (up->lost) {
+        struct exchange *ex = up->lost;
+        exchange_cancel_fail(ex, FAILURE_BAD_RESPONSE, "the program closed the connection %s",
+                             ex->head_seen ? "within its response" : "without an answer");
+    }
+}
+
+/* ---- the request ---- */
+
+static bool method_is_idempotent(struct span method)       /* RFC 9110 section 9.2.2 */
+{
+    static const char *const names[] = { "GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE" };
+
+    for (size_t i = 0; i < COUNT(names); i++)
+        if (span_eq(method, names[i]))
+            return true;
+    return false;
+}
+
+/* An event is a request too: its text is the body. */
+static void up_add_event(struct buf *out, struct span event)
+{
+    buf_add_format(out, "POST / HTTP/1.1\r\nHost: localhost\r\nAleph-Event: aleph.message\r\n"
+                   "Content-Type: application/json\r\nContent-Length: %zu\r\n\r\n", event.n);
+    buf_add_span(out, event);
+}
+
+/* Writes the head anew, from its parts. True: the body goes in chunks. */
+static bool up_add_request(struct buf *out, const struct request *r)
+{
+    struct span rest, name, value;
+    bool has_host = false, has_length = false;
+
+    buf_add_span(out, request_part(r, r->method));
+    buf_add_byte(out, ' ');
+    buf_add_span(out, request_part(r, r->raw_path));
+    if (r->query.n > 0 || r->query.at == r->raw_path.at + r->raw_path.n + 1)
+        buf_add_byte(out, '?');         /* a query may be there and empty */
+    buf_add_span(out, request_part(r, r->query));
+    buf_add_text(out, " HTTP/1.1\r\n");
+    for (rest = request_part(r, r->fields); field_next(&rest, &name, &value);) {
+        if (span_eq_nocase(name, "expect"))
+            continue;                   /* the front has answered it */
+        has_host = has_host || span_eq_nocase(name, "host");
+        has_length = has_length || span_eq_nocase(name, "content-length");
+        field_add_line(out, name, value);
+    }
+    if (!has_host)
+        buf_add_text(out, "Host: localhost\r\n");
+    if (r->upgrade.n > 0) {
+        buf_add_text(out, "Connection: Upgrade\r\n");
+        field_add_line(out, SPAN("Upgrade"), request_part(r, r->upgrade));
+    }
+    bool chunked = r->has_body && !has_length;
+    buf_add_text(out, chunked ? "Transfer-Encoding: chunked\r\n\r\n" : "\r\n");
+    return chunked;
+}
+
+static size_t up_room(struct exchange *ex)
+{
+    const struct up *u = ex->stream;
+
+    return u->body_sent || u->conn.out.len >= CONN_OUT_HIGH ? 0 : CONN_OUT_HIGH - u->conn.out.len;
+}
+
+/* The client sends no more into the tunnel: the program is told, and has a moment to end too. */
+static void up_end_tunnel(struct up *u)
+{
+    if (u->body_sent && u->state == UP_TUNNEL && u->conn.out.len == 0)
+        shutdown(u->conn.watch.fd, SHUT_WR);
+}
+
+static void up_body(struct exchange *ex, struct span data, bool last)
+{
+    struct up *u = ex->stream;
+    struct buf *out = &u->conn.out;
+
+    if (u->body_sent)
+        return;
+    if (u->chunked && data.n > 0)
+        buf_add_format(out, "%zx\r\n", data.n);
+    buf_add_span(out, data);
+    if (u->chunked && data.n > 0)
+        buf_add_text(out, "\r\n");
+    if (u->chunked && last)
+        buf_add_text(out, "0\r\n\r\n");
+    u->body_sent = last;
+    if (last && u->state == UP_TUNNEL) {
+        conn_after(&u->conn, UPSTREAM_TUNNEL_MS);
+        up_end_tunnel(u);
+    }
+    conn_soon(&u->conn);
+}
+
+static void up_consumed(struct exchange *ex, size_t n)
+{
+    struct up *u = ex->stream;
+
+    u->held -= n < u->held ? n : u->held;
+    conn_soon(&u->conn);
+}
+
+static void up_cancel(struct exchange *ex)
+{
+    struct up *u = ex->stream;
+
+    u->ex = NULL;
+    conn_close(&u->conn);
+}
+
+static const struct backend up_backend = {
+    .room = up_room, .body = up_body, .consumed = up_consumed, .cancel = up_cancel,
+};
+
+/* ---- the response: callbacks copy and return ---- */
+
+static struct up *up_of(llhttp_t *parser)
+{
+    return CONTAINER(parser, struct up, parser);
+}
+
+static int up_wrong(struct up *u, const char *why)
+{
+    u->wrong = why;
+    return -1;
+}
+
+static int up_count(struct up *u, size_t n)
+{
+    u->head_bytes += n;
+    return u->head_bytes > (size_t)limits.head_bytes ? up_wrong(u, "a head that is too large") : 0;
+}
+
+static int up_on_status(llhttp_t *parser, const char *p, size_t n)
+{
+    (void)p;
+    return up_count(up_of(parser), n);
+}
+
+static int up_on_text(llhttp_t *parser, const char *p, size_t n)
+{
+    struct up *u = up_of(parser);
+
+    if (u->state == UP_HEAD && buf_add(&u->head, p, n) < 0)
+        return up_wrong(u, "a head that there is no memory for");
+    return up_count(u, n);          /* trailers are dropped, but counted */
+}
+
+static int up_on_field_complete(llhttp_t *parser)
+{
+    struct up *u = up_of(parser);
+
+    return u->state == UP_HEAD ? buf_add_byte(&u->head, 0) : 0;
+}
+
+static int up_on_value_complete(llhttp_t *parser)
+{
+    struct up *u = up_of(parser);
+    struct buf *head = &u->head;
+
+    if (u->state != UP_HEAD)
+        return 0;
+    while (head->len > 0 && is_blank(buf_at(head)[head->len - 1]))
+        head->len--;                /* white space around a value is none of it */
+    if (++u->fields > limits.head_fields)
+        return up_wrong(u, "too many fields");
+    return up_count(u, 4) < 0 ? -1 : buf_add_byte(head, 0);
+}
+
+/* RFC 9112 section 6: a coding that the parser did not take for chunked would make the rest
+ * of the connection the body, another response included. */
+static int up_check_coding(struct up *u)
+{
+    struct span rest = buf_span(&u->head), name, value;
+    unsigned codings = 0, lengths = 0;
+
+    while (field_next(&rest, &name, &value)) {
+        codings += span_eq_nocase(name, "transfer-encoding");
+        lengths += span_eq_nocase(name, "content-length");
+    }
+    if (codings > 1 || (codings == 1 && !(u->parser.flags & F_CHUNKED)))
+        return up_wrong(u, "a Transfer-Encoding that is not clearly chunked");
+    if (codings > 0 && (lengths > 0 || u->parser.http_minor == 0))
+        return up_wrong(u, "a Transfer-Encoding where none may be");
+    return 0;
+}
+
+static int up_on_headers_complete(llhttp_t *parser)
+{
+    struct up *u = up_of(parser);
+    struct response_head h = { .status = parser->status_code, .fields_count = u->fields };
+
+    if (parser->http_major != 1 || parser->http_minor > 1)
+        return up_wrong(u, "neither HTTP/1.0 nor HTTP/1.1");
+    if (h.status < 200 && h.status != 101) {        /* interim: the front has told the client already */
+        u->interim = true;
+        return 0;
+    }
+    if (h.status == 101 && !u->ex->may_upgrade)
+        return up_wrong(u, "a change of protocol that nobody asked for");
+    if (up_check_coding(u) < 0)
+        return -1;
+    u->state = h.status == 101 ? UP_TUNNEL : UP_BODY;
+    u->body_sent = u->body_sent && u->state != UP_TUNNEL;
+    h.fields = buf_span(&u->head);
+    exchange_head(u->ex, &h);
+    bool bodyless = u->is_head || h.status == 204 || h.status == 304;      /* whatever its length says */
+    return !u->ex ? -1 : u->state == UP_TUNNEL ? HPE_PAUSED : bodyless;
+}
+
+static int up_on_body(llhttp_t *parser, const char *p, size_t n)
+{
+    struct up *u = up_of(parser);
+
+    if (u->state != UP_BODY)
+        return up_wrong(u, "a body in an interim response");
+    u->held += n;
+    exchange_data(u->ex, (struct span){ p, n });
+    return u->ex ? 0 : -1;
+}
+
+static int up_on_message_complete(llhttp_t *parser)
+{
+    struct up *u = up_of(parser);
+
+    u->complete = true;
+    u->keep_alive = llhttp_should_keep_alive(parser);
+    return HPE_PAUSED;
+}
+
+static int up_on_extension(llhttp_t *parser, const char *p, size_t n)
+{
+    (void)p;
+    return up_count(up_of(parser), n);
+}
+
+static const llhttp_settings_t up_settings = {
+    .on_status = up_on_status, .on_header_field = up_on_text, .on_header_value = up_on_text,
+    .on_header_field_complete = up_on_field_complete, .on_header_value_complete = up_on_value_complete,
+    .on_headers_complete = up_on_headers_complete, .on_body = up_on_body,
+    .on_message_complete = up_on_message_complete,
+    .on_chunk_extension_name = up_on_extension, .on_chunk_extension_value = up_on_extension,
+};
+
+/* ---- a connection's life ---- */
+
+/* Ready for a response, after the one before or an interim one. */
+static void up_reset(struct up *u)
+{
+    llhttp_init(&u->parser, HTTP_RESPONSE, &up_settings);
+    buf_fini(&u->head);
+    u->fields = 0;
+    u->interim = u->complete = false;
+    u->state = UP_HEAD;
+}
+
+/* The response is complete: the connection waits for another exchange, if all went as it should. */
+static void up_finish(struct up *u)
+{
+    struct upstream *up = u->of;
+    struct exchange *ex = u->ex;
+    const struct conn *c = &u->conn;
+
+    u->ex = NULL;
+    if (u->keep_alive && u->body_sent && c->out.len == 0 && c->in.len == 0 && !c->half && !c->gone
+        && up->idle_len < UPSTREAM_IDLE_MAX && up->runner.state == RUNNER_READY) {
+        up_unlink(u);
+        up_link(&up->idle, u);
+        up->idle_len++;
+        u->parked = u->reused = true;
+        up_reset(u);
+        conn_after(&u->conn, limits.upstream_idle_ms);
+    } else {
+        conn_close(&u->conn);
+    }
+    exchange_end(ex);
+}
+
+static void up_take_tunnel(struct up *u)
+{
+    struct conn *c = &u->conn;
+    size_t room = UPSTREAM_CREDIT - u->held, n = room < c->in.len ? room : c->in.len;
+
+    u->held += n;
+    exchange_data(u->ex, (struct span){ buf_at(&c->in), n });
+    if (u->ex)
+        buf_drop(&c->in, n);
+}
+
+/* Gives the parser what may be taken now. */
+static void up_parse(struct up *u)
+{
+    struct conn *c = &u->conn;
+    size_t room = UPSTREAM_CREDIT - u->held, n = room < c->in.len ? room : c->in.len;
+    const char *from = buf_at(&c->in);
+    llhttp_errno_t error = llhttp_execute(&u->parser, from, n);
+
+    if (!u->ex)                     /* a callback has ended it */
+        return;
+    if (error != HPE_OK && error != HPE_PAUSED) {
+        exchange_cancel_fail(u->ex, FAILURE_BAD_RESPONSE, "the program answered with %s",
+                             u->wrong ? u->wrong : llhttp_get_error_reason(&u->parser));
+        return;
+    }
+    buf_drop(&c->in, error == HPE_OK ? n : (size_t)(llhttp_get_error_pos(&u->parser) - from));
+    if (error == HPE_OK)
+        return;
+    if (u->state == UP_TUNNEL)
+        exchange_room_grew(u->ex);
+    else if (u->interim)
+        up_reset(u);
+    else
+        up_finish(u);
+}
+
+/* The program sends no more. A response without a length ends so; any other is cut short. */
+static void up_on_eof(struct up *u)
+{
+    bool ends = u->state == UP_TUNNEL;
+
+    if (u->state == UP_BODY && llhttp_message_needs_eof(&u->parser)) {
+        llhttp_finish(&u->parser);
+        ends = u->complete;
+    }
+    if (ends) {
+        u->keep_alive = false;
+        up_finish(u);
+    } else {
+        conn_close(&u->conn);
+    }
+}
+
+static void up_on_input(struct conn *c)
+{
+    struct up *u = CONTAINER(c, struct up, conn);
+
+    u->connected = true;
+    if (!u->ex && (c->in.len > 0 || c->half || c->eof)) {   /* idle, and it speaks or leaves */
+        conn_close(c);
+        return;
+    }
+    u->answered = u->answered || c->in.len > 0;
+    while (u->ex && c->in.len > 0 && u->held < UPSTREAM_CREDIT) {
+        if (u->state == UP_TUNNEL)
+            up_take_tunnel(u);
+        else
+            up_parse(u);
+    }
+    if (u->ex && c->eof && c->in.len == 0)
+        up_on_eof(u);
+}
+
+static void up_on_sent(struct conn *c)
+{
+    struct up *u = CONTAINER(c, struct up, conn);
+
+    up_end_tunnel(u);
+    if (u->ex && !u->body_sent)
+        exchange_room_grew(u->ex);
+}
+
+static void up_on_deadline(struct conn *c)
+{
+    struct up *u = CONTAINER(c, struct up, conn);
+
+    u->keep_alive = false;
+    if (u->ex)                      /* a tunnel with one end */
+        up_finish(u);
+    else
+        conn_close(c);
+}
+
+static void upstream_request(struct runner *r, struct exchange *ex);
+static void upstream_refused(struct upstream *up, struct exchange *ex);
+
+/* Whatever still waits for an answer on it gets another connection, if that repeats nothing. */
+static void up_on_close(struct conn *c)
+{
+    struct up *u = CONTAINER(c, struct up, conn);
+    struct upstream *up = u->of;
+    struct exchange *ex = u->ex;
+    bool repeatable = u->reused && !u->answered && ex && !ex->request.has_body
+                   && method_is_idempotent(request_part(&ex->request, ex->request.method));
+
+    up_unlink(u);
+    up->idle_len -= u->parked;
+    u->ex = NULL;
+    buf_fini(&u->head);
+    if (!ex)
+        return;
+    if (!u->connected)
+        upstream_refused(up, ex);
+    else if (repeatable && up->runner.state == RUNNER_READY)
+        upstream_request(&up->runner, ex);
+    else
+        lost_add(up, ex);
+}
+
+static void up_on_free(struct conn *c)
+{
+    free(CONTAINER(c, struct up, conn));
+}
+
+static const struct proto up_proto = {
+    .name = "upstream", .on_input = up_on_input, .on_sent = up_on_sent,
+    .on_deadline = up_on_deadline, .on_close = up_on_close, .on_free = up_on_free,
+    .reads_to_end = true,
+};
+
+/* Whether an idle connection is still what it was: no byte and no end has come (recv(2)). */
+static bool up_is_sure(const struct up *u)
+{
+    char byte;
+
+    return u->conn.watch.deadline_ms - now_ms() > limits.upstream_idle_ms - UPSTREAM_SURE_MS
+        && recv(u->conn.watch.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && errno == EAGAIN;
+}
+
+/* An idle connection for the request, or NULL. One that the program may be about to close
+ * would do for a request that can be repeated, and for no other. */
+static struct up *upstream_reuse(struct upstream *up, const struct request *r)
+{
+    struct up *u = up->idle;
+
+    if (!u || ((r->is_event || r->has_body || !method_is_idempotent(request_part(r, r->method))) && !up_is_sure(u)))
+        return NULL;
+    up_unlink(u);
+    up->idle_len--;
+    u->parked = false;
+    return u;
+}
+
+/* NULL and errno. */
+static struct up *upstream_connect(struct upstream *up)
+{
+    struct up *u = calloc(1, sizeof *u);
+    int fd = u ? address_connect(&up->address) : -1;
+
+    if (fd < 0 || conn_open(&u->conn, &up->conns, &up_proto, fd, CONN_CONNECTING) < 0) {
+        free(u);
+        return NULL;
+    }
+    u->of = up;
+    up_reset(u);
+    return u;
+}
+
+static void upstream_request(struct runner *r, struct exchange *ex)
+{
+    struct upstream *up = upstream_of(r);
+    struct request *q = &ex->request;
+    struct up *u = upstream_reuse(up, q);
+
+    ex->backend = &nobody_backend;
+    if (!u && !(u = upstream_connect(up))) {
+        if (errno == ECONNREFUSED)
+            upstream_refused(up, ex);
+        else
+            exchange_cancel_fail(ex, FAILURE_NO_MEMORY, "no connection to the program: %s", strerror(errno));
+        return;
+    }
+    up_link(&up->busy, u);
+    conn_never(&u->conn);
+    u->ex = ex;
+    u->answered = false;
+    u->head_bytes = u->held = 0;
+    u->is_head = span_eq(request_part(q, q->method), "HEAD");
+    u->body_sent = !q->has_body;
+    u->chunked = false;
+    if (q->is_event)
+        up_add_event(&u->conn.out, request_part(q, q->event));
+    else
+        u->chunked = up_add_request(&u->conn.out, q);
+    ex->backend = &up_backend;
+    ex->stream = u;
+    conn_soon(&u->conn);
+    exchange_room_grew(ex);
+}
+
+/* ---- does it listen? ---- */
+
+/* Looks in a table of the kernel's (proc(5), /proc/net/tcp) for a socket that listens on the
+ * port, on the loopback or everywhere. Those that listen stand first. */
+static bool port_listens(const char *table, unsigned port)
+{
+    char line[256], address[33];
+    unsigned found, state;
+    bool listens = false;
+    FILE *f = fopen(table, "re");
+
+    for (int i = 0; f && !listens && fgets(line, sizeof line, f); i++) {
+        if (sscanf(line, " %*d: %32[0-9A-F]:%4X %*32[0-9A-F]:%*4X %2X", address, &found, &state) != 3)
+            continue;               /* the heading */
+        if (state != 10 /* TCP_LISTEN */)
+            break;
+        listens = found == port && (strspn(address, "0") == strlen(address) || strcmp(address, "0100007F") == 0
+                                    || strcmp(address, "00000000000000000000000001000000") == 0);
+    }
+    if (f)
+        fclose(f);
+    return listens;
+}
+
+static void upstream_probe(struct watch *t)
+{
+    struct upstream *up = CONTAINER(t, struct upstream, probe);
+    bool v4 = port_listens("/proc/net/tcp", up->port);
+
+    if (!v4 && !port_listens("/proc/net/tcp6", up->port)) {
+        loop_after(up->runner.loop, &up->probe, UPSTREAM_PROBE_MS);
+        return;
+    }
+    address_tcp(&up->address, v4 ? SPAN("127.0.0.1") : SPAN("::1"), up->port);
+    up->runner.state = RUNNER_READY;
+    up->runner.owner->on_ready(&up->runner);
+}
+
+/* It listened once and does no more. */
+static void upstream_refused(struct upstream *up, struct exchange *ex)
+{
+    if (up->runner.state == RUNNER_READY && up->reports.fd < 0) {
+        up->runner.state = RUNNER_STARTING;
+        loop_after(up->runner.loop, &up->probe, UPSTREAM_PROBE_MS);
+    }
+    if (up->runner.state == RUNNER_STARTING)
+        up->runner.owner->on_refused(&up->runner, ex);
+    else
+        lost_add(up, ex);
+}
+
+/* ---- what Node's shim says of itself ---- */
+
+static void upstream_on_report(struct upstream *up, unsigned type, struct span payload)
+{
+    struct runner *r = &up->runner;
+    struct span text, traceback;
+
+    if (type == FRAME_READY && r->state == RUNNER_STARTING) {
+        r->state = RUNNER_READY;
+        r->owner->on_ready(r);
+    } else if (type == FRAME_START_FAILED && r->state == RUNNER_STARTING) {
+        r->state = RUNNER_STOPPING;
+        failure_split(payload, &text, &traceback);
+        r->owner->on_start_failed(r, text, traceback);
+    } else if (r->state != RUNNER_STOPPING) {
+        runner_break(r, "it sent a frame of type %u out of turn", type);
+    }
+}
+
+static void upstream_on_reports(struct watch *watch, uint32_t events)
+{
+    struct upstream *up = CONTAINER(watch, struct upstream, reports);
+    struct runner *r = &up->runner;
+    char bytes[4096];
+    ssize_t n = SYS_READ(watch->fd, bytes, sizeof bytes);
+
+    (void)events;
+    if (n < 0 && (errno == EAGAIN || errno == EINTR))
+        return;
+    if (n <= 0) {                   /* how it ended, waitpid says */
+        loop_want(r->loop, watch, 0);
+        return;
+    }
+    if (buf_add(&up->in, bytes, (size_t)n) < 0) {
+        runner_break(r, "no memory for its frames");
+        return;
+    }
+    while (up->in.len >= FRAME_HEADER_BYTES && r->state != RUNNER_BROKEN) {
+        const char *p = buf_at(&up->in);
+        uint32_t length = frame_u32(p);
+        if (length > WORKER_FRAME_MAX || frame_u32(p + 4) != 0) {
+            runner_break(r, "it sent a malformed frame (%u bytes)", length);
+            return;
+        }
+        if (up->in.len < FRAME_HEADER_BYTES + length)
+            return;
+        upstream_on_report(up, (unsigned char)p[8], (struct span){ p + FRAME_HEADER_BYTES, length });
+        buf_drop(&up->in, FRAME_HEADER_BYTES + length);
+    }
+}
+
+/* ---- start, stop, death ---- */
+
+static void upstream_deafen(struct runner *r)
+{
+    struct upstream *up = upstream_of(r);
+
+    loop_never(r->loop, &up->probe);
+    if (up->reports.fd >= 0)
+        loop_want(r->loop, &up->reports, 0);
+}
+
+/* What it had sent before it died still counts. */
+static void upstream_read_rest(struct runner *r)
+{
+    struct upstream *up = upstream_of(r);
+    struct up *next;
+
+    if (up->reports.fd >= 0 && up->reports.events)
+        upstream_on_reports(&up->reports, 0);
+    for (struct up *u = up->busy; u; u = next) {
+        next = u->next;             /* handling it moves or closes it, and no other of this list */
+        if (u->connected)
+            u->conn.watch.on_event(&u->conn.watch, EPOLLIN);
+    }
+}
+
+static void upstream_fail_all(struct runner *r, enum failure kind, struct span text, struct span traceback)
+{
+    struct upstream *up = upstream_of(r);
+
+    while (up->busy) {
+        struct exchange *ex = up->busy->ex;
+        up->busy->ex = NULL;
+        conn_close(&up->busy->conn);
+        exchange_fail(ex, kind, text, traceback);
+    }
+    lost_fail_all(up, kind, text, traceback);
+}
+
+static void upstream_bury(struct watch *watch)
+{
+    struct upstream *up = CONTAINER(watch, struct upstream, reports);
+
+    output_fini(&up->runner.output);
+    buf_fini(&up->in);
+    free(up);
+}
+
+static void upstream_free(struct runner *r)
+{
+    struct upstream *up = upstream_of(r);
+
+    while (up->idle)
+        conn_close(&up->idle->conn);
+    loop_never(r->loop, &up->probe);
+    loop_never(r->loop, &up->lost_timer);
+    loop_bury(r->loop, &up->reports, upstream_bury);
+}
+
+static const struct runner_kind upstream_kind = {
+    .request = upstream_request, .deafen = upstream_deafen, .read_rest = upstream_read_rest,
+    .fail_all = upstream_fail_all, .free = upstream_free,
+};
+
+/* The socket that Node's shim serves on: connections may queue up in it from now on. */
+static int upstream_listen(const struct address *a)
+{
+    int on = 1, fd = address_socket(a);
+
+    if (fd >= 0 && (setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) < 0
+                    || bind(fd, (const void *)&a->sa, a->sa_len) < 0 || listen(fd, 4096) < 0))
+        fd_close(&fd);
+    return fd;
+}
+
+/* Starts a program that listens on 127.0.0.1 or ::1, `port`; with `reports` it is Node's shim
+ * and gets the listening socket as fd 3, fd 4 to report by. NULL and errno. */
+static struct runner *upstream_start(const struct runner *base, const char *name, struct spawn *spawn,
+                                     unsigned port, bool reports)
+{
+    struct upstream *up = calloc(1, sizeof *up);
+    int ends[2] = { -1, -1 }, listener = -1;
+
+    if (!up)
+        return NULL;
+    up->runner = *base;
+    up->runner.kind = &upstream_kind;
+    up->runner.state = RUNNER_STARTING;
+    up->conns.loop = base->loop;
+    up->port = port;
+    up->address = (struct address){ .kind = ADDRESS_TCP, .text = "the program", .fd = -1 };
+    address_tcp(&up->address, SPAN("127.0.0.1"), port);
+    up->reports = (struct watch){ .fd = -1, .on_event = upstream_on_reports };
+    up->probe = (struct watch){ .fd = -1, .on_deadline = upstream_probe };
+    up->lost_timer = (struct watch){ .fd = -1, .on_deadline = lost_on_deadline };
+    if (reports) {
+        if ((listener = upstream_listen(&up->address)) < 0
+            || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0)
+            goto failed;
+        up->reports.fd = ends[0];
+        if (fd_nonblock(ends[0]) < 0 || loop_want(base->loop, &up->reports, EPOLLIN) < 0)
+            goto failed;
+    }
+    spawn->fds[0] = -1;
+    spawn->fds[3] = listener;
+    spawn->fds[4] = ends[1];
+    if (runner_start(&up->runner, name, spawn) < 0)
+        goto failed;
+    fd_close(&listener);
+    fd_close(&ends[1]);
+    if (!reports)
+        loop_after(base->loop, &up->probe, UPSTREAM_PROBE_MS);
+    return &up->runner;
+failed:
+    log_errno("%s: start", name);
+    fd_close(&listener);
+    fd_close(&ends[1]);
+    upstream_free(&up->runner);
+    return NULL;
 }
 
 /* ==== node: which Node runs a program ============================================
@@ -6264,7 +7313,6 @@ static bool program_find(const char *path, const char *name, char *out, size_t s
 
 /* The Node for the program in the folder: the highest of nvm's that meets its pin, or where
  * nvm has none at all, the one in PATH_PATH. nvm_dir may be NULL. False: why says it. */
-__attribute__((unused))
 static bool node_find(const char *folder, const char *nvm_dir, char *out, size_t size, struct buf *why)
 {
     struct node_pin pin = { 0 };
@@ -6287,13 +7335,13 @@ static bool node_find(const char *folder, const char *nvm_dir, char *out, size_t
 }
 
 /* ==== program: the user's code, its launch, its restarts, as one =================
- * At most one worker is current; others, already killed, are only waited for. Requests
+ * At most one runner is current; others, already killed, are only waited for. Requests
  * that come while the program starts or waits for its restart queue up here. */
 enum program_state {
     PROGRAM_NONE,       /* nothing configured; a warm interpreter may be waiting */
     PROGRAM_STARTING,   /* for the first time: on_started will be told */
-    PROGRAM_SERVING,
-    PROGRAM_RESTARTING, /* a new worker loads the program after a death */
+    PROGRAM_SERVING,    /* or, if it is no shim of ours that starts it, not listening yet */
+    PROGRAM_RESTARTING, /* a new runner loads the program after a death */
     PROGRAM_WAITING,    /* for the back-off to pass */
     PROGRAM_STOPPED     /* for halt: nothing starts any more */
 };
@@ -6303,8 +7351,12 @@ struct program {
     struct children   *children;
     enum program_state state;
     struct conf        conf;
-    struct worker     *worker;      /* the current one, or NULL */
-    struct watch       timer;       /* limit for a start; back-off; grace when stopping */
+    struct runner     *runner;      /* the current one, or NULL */
+    unsigned           port;        /* where it listens, if it is no Python worker */
+    bool               was_ready;   /* the current runner has been RUNNER_READY */
+    bool               is_late;     /* it does not listen within limits.loading_ms */
+    struct buf         ended, ended_tail;   /* how it ended before it was ready; empty: it did not */
+    struct watch       timer;       /* limit for a start or to listen; back-off; grace when stopping */
     struct watch       stalls;      /* its cgroup's memory.pressure */
     int64_t            backoff_ms;
     int64_t            served_ms;   /* when it last became ready */
@@ -6396,61 +7448,123 @@ static bool variable_is_early(const char *name)
     return false;
 }
 
+/* No interpreter that is warm already will do. */
 static bool program_needs_cold(const struct conf *c)
 {
+    if (c->launch != LAUNCH_WORKER)
+        return true;
     for (size_t i = 0; i < c->variables_len; i++)
         if (variable_is_early(c->variables[i].name))
             return true;
     return false;
 }
 
-/* The environment at exec, NULL-terminated, strings owned; NULL: no memory. The variables of
- * the configuration come on top of the base; a later one instead of an earlier of its name. */
-static char **program_env(char *const *base, const struct conf *c)
+/* Adds NAME=VALUE, n bytes of NAME, instead of an earlier one of that name. False: no memory. */
+static bool env_set(char **env, const char *name, size_t n, const char *value)
 {
-    size_t inherited = 0, n = 0;
-    while (base[inherited])
-        inherited++;
-    size_t most = inherited + c->variables_len + 1;
-    char **env = calloc(most, sizeof(char *));
+    size_t at = 0;
+    struct buf text = { 0 };
 
-    for (size_t i = 0; env && i + 1 < most; i++) {
-        const struct conf_pair *v = i < inherited ? NULL : &c->variables[i - inherited];
-        struct buf text = { 0 };
-        buf_add_text(&text, v ? v->name : base[i]);
-        if (v) {
-            buf_add_byte(&text, '=');
-            buf_add_text(&text, v->value);
-        }
-        char *entry = text.failed ? NULL : span_dup(buf_span(&text));
-        buf_fini(&text);
-        if (!entry) {
-            strings_free(env, n);
-            return NULL;
-        }
-        size_t name = strcspn(entry, "=") + 1, same = 0;
-        while (same < n && strncmp(env[same], entry, name) != 0)
-            same++;
-        free(env[same]);
-        env[same] = entry;
-        n += same == n;
+    buf_add(&text, name, n);
+    buf_add_byte(&text, '=');
+    buf_add_text(&text, value);
+    char *entry = text.failed ? NULL : span_dup(buf_span(&text));
+    buf_fini(&text);
+    while (env[at] && (strncmp(env[at], name, n) != 0 || env[at][n] != '='))
+        at++;
+    if (entry) {
+        free(env[at]);
+        env[at] = entry;
     }
-    return env;
+    return entry != NULL;
 }
 
-static const struct worker_owner program_owner;
-
-/* Starts an interpreter; -1: the reason is in why. */
-static int program_spawn(struct program *p, const char *name, struct buf *why)
+static bool env_put(char **env, const char *name, const char *value)
 {
-    char python[PATH_MAX], shim[PATH_MAX], option[8] = "";
-    char *argv[] = { python, option, shim, NULL };
-    int rc = -1;
+    return env_set(env, name, strlen(name), value);
+}
 
-    if (!program_find(program_path(p), "python3", python, sizeof python)) {
-        buf_add_format(why, "there is no python3 in %.512s", program_path(p));
-        return -1;
-    }
+/* NULL: not set. */
+static const char *env_get(char *const *env, const char *name)
+{
+    size_t n = strlen(name);
+
+    for (; *env; env++)
+        if (strncmp(*env, name, n) == 0 && (*env)[n] == '=')
+            return *env + n + 1;
+    return NULL;
+}
+
+static void env_free(char **env)
+{
+    for (size_t i = 0; env && env[i]; i++)
+        free(env[i]);
+    free(env);
+}
+
+/* The environment at exec, NULL-terminated, strings owned; NULL: no memory. What a program that
+ * listens must know comes last, as nothing else may stand in its place. */
+static char **program_env(const struct program *p)
+{
+    const struct conf *c = &p->conf;
+    char port[8], modules[PATH_MAX];
+    size_t base = 0;
+
+    while (p->env[base])
+        base++;
+    char **env = calloc(base + c->variables_len + 5, sizeof(char *));
+    bool ok = env != NULL;
+
+    snprintf(port, sizeof port, "%u", p->port);
+    snprintf(modules, sizeof modules, "%s/node_modules:" PATH_NODE_MODULES, conf_code_folder(c));
+    for (size_t i = 0; ok && i < base; i++)
+        if (strchr(p->env[i], '='))     /* the caller's environment may hold anything */
+            ok = env_set(env, p->env[i], strcspn(p->env[i], "="), strchr(p->env[i], '=') + 1);
+    if (ok && c->hostname[0])
+        ok = env_put(env, "ALEPH_ADDRESS_TO_USE", c->hostname);
+    if (ok && c->launch == LAUNCH_NODE)
+        ok = env_put(env, "NODE_PATH", modules);
+    for (size_t i = 0; ok && i < c->variables_len; i++)
+        ok = env_put(env, c->variables[i].name, c->variables[i].value);
+    if (ok && c->launch != LAUNCH_WORKER)
+        ok = env_put(env, "PORT", port) && env_put(env, "HOST", "127.0.0.1");
+    if (ok)
+        return env;
+    env_free(env);
+    return NULL;
+}
+
+static const struct runner_owner program_owner;
+
+/* Both shims are files of ours, written anew, as a program may have made them something else.
+ * Puts the path into `out`. */
+static int program_write_shim(const struct program *p, const char *name, const char *text, const char *end,
+                              char *out, size_t size, struct buf *why)
+{
+    snprintf(out, size, "%s/%s", p->folder, name);
+    unlink(out);
+    if (mkdir_all(p->folder, 0755) == 0 && file_write(out, text, (size_t)(end - text), 0644) == 0)
+        return 0;
+    return conf_wrong(why, "cannot write %s: %s", out, strerror(errno));
+}
+
+static int program_find_python(const struct program *p, char *out, size_t size, struct buf *why)
+{
+    if (program_find(program_path(p), "python3", out, size))
+        return 0;
+    return conf_wrong(why, "there is no python3 in %.512s", program_path(p));
+}
+
+/* Starts an interpreter that waits for its configuration. */
+static struct runner *program_spawn_worker(struct program *p, const struct runner *base, const char *name,
+                                           char **env, struct buf *why)
+{
+    char python[PATH_MAX], shim[PATH_MAX], option[8];
+    char *argv[] = { python, option, shim, NULL };
+
+    if (program_find_python(p, python, sizeof python, why) < 0
+        || program_write_shim(p, WORKER_SHIM, shim_worker, shim_worker_end, shim, sizeof shim, why) < 0)
+        return NULL;
     if (!p->optimize)
         p->optimize = program_optimize() ? program_optimize() : "";
     snprintf(option, sizeof option, "%s", p->optimize);
@@ -6458,27 +7572,67 @@ static int program_spawn(struct program *p, const char *name, struct buf *why)
         argv[1] = shim;
         argv[2] = NULL;
     }
-    snprintf(shim, sizeof shim, "%s/" WORKER_SHIM, p->folder);
-    unlink(shim);                       /* a program may have made it something else */
-    if (mkdir_all(p->folder, 0755) < 0
-        || file_write(shim, shim_worker, (size_t)(shim_worker_end - shim_worker), 0644) < 0) {
-        buf_add_format(why, "cannot write %s: %s", shim, strerror(errno));
-        return -1;
-    }
-    char **env = program_env(p->env, &p->conf);
-    if (env)
-        p->worker = worker_start(p->loop, p->children, name, argv, env);
-    if (p->worker) {
-        p->worker->owner = &program_owner;
-        p->worker->program = p;
-        rc = 0;
+    return worker_start(base, name, argv, env);
+}
+
+/* Starts what the entrypoint names: a file for Node's shim or for Python, or an executable with
+ * its arguments. */
+static struct runner *program_spawn_upstream(struct program *p, const struct runner *base, char **env,
+                                             struct buf *why)
+{
+    const struct conf *c = &p->conf;
+    char *argv[CONF_ARGS_MAX + 4], path[PATH_MAX], interpreter[PATH_MAX], shim[PATH_MAX];
+    char *words = span_dup(span_of(c->entrypoint)), *rest;
+    struct runner *r = NULL;
+    size_t n = 0;
+    int rc = 0;
+
+    if (!words)
+        return NULL;
+    conf_entry_path(c, path, sizeof path);
+    if (c->launch == LAUNCH_NODE) {
+        if (!node_find(conf_code_folder(c), env_get(env, "NVM_DIR"), interpreter, sizeof interpreter, why))
+            rc = -1;
+        else
+            rc = program_write_shim(p, NODE_SHIM, shim_node, shim_node_end, shim, sizeof shim, why);
+        argv[n++] = interpreter;
+        argv[n++] = shim;
+        argv[n++] = path;
+        argv[n++] = strchr(words, ':') ? strchr(words, ':') + 1 : "";
     } else {
-        buf_add_format(why, "cannot start %s: %s", python, strerror(errno));
+        if (c->launch == LAUNCH_PYTHON) {
+            rc = program_find_python(p, interpreter, sizeof interpreter, why);
+            argv[n++] = interpreter;
+        }
+        argv[n++] = path;
+        strtok_r(words, " ", &rest);
+        for (char *word; n < COUNT(argv) - 1 && (word = strtok_r(NULL, " ", &rest));)
+            argv[n++] = word;
     }
-    for (size_t i = 0; env && env[i]; i++)
-        free(env[i]);
-    free(env);
-    return rc;
+    argv[n] = NULL;
+    if (rc == 0)
+        r = upstream_start(base, c->entrypoint, &(struct spawn){ .argv = argv, .envp = env,
+                           .cwd = conf_code_folder(c) }, p->port, c->launch == LAUNCH_NODE);
+    free(words);
+    return r;
+}
+
+/* Starts the process; -1: the reason is in why. */
+static int program_spawn(struct program *p, const char *name, struct buf *why)
+{
+    struct runner base = { .owner = &program_owner, .program = p, .loop = p->loop, .children = p->children };
+    char **env = program_env(p);
+
+    p->was_ready = p->is_late = false;
+    buf_fini(&p->ended);
+    buf_fini(&p->ended_tail);
+    if (env)
+        p->runner = p->conf.launch == LAUNCH_WORKER ? program_spawn_worker(p, &base, name, env, why)
+                                                    : program_spawn_upstream(p, &base, env, why);
+    if (!p->runner && why->len == 0)
+        buf_add_format(why, "cannot start %s: %s", name, strerror(errno));
+    env_free(env);
+    return p->runner ? 0 : -1;
 }
 
 /* Starts an interpreter while the host still thinks about its configuration. */
@@ -6486,7 +7640,7 @@ static void program_prewarm(struct program *p)
 {
     struct buf why = { 0 };
 
-    if (p->state == PROGRAM_NONE && !p->worker && program_spawn(p, "python", &why) < 0)
+    if (p->state == PROGRAM_NONE && !p->runner && program_spawn(p, "python", &why) < 0)
         log_info("prewarm: %s", buf_text(&why));
     buf_fini(&why);
 }
@@ -6528,7 +7682,7 @@ static void program_configure(struct program *p)
     struct buf text = { 0 };
 
     program_marshal(&p->conf, &text);
-    worker_configure(p->worker, p->conf.entrypoint, &text);
+    worker_configure(p->runner, p->conf.entrypoint, &text);
     buf_fini(&text);
 }
 
@@ -6544,18 +7698,26 @@ static void program_dequeue(struct program *p, struct exchange *ex)
     p->queued--;
 }
 
-static size_t queue_room(struct exchange *ex)
-{
-    (void)ex;
-    return 0;                       /* the body stays with the client until somebody reads it */
-}
-
 static void queue_cancel(struct exchange *ex)
 {
     program_dequeue(ex->stream, ex);
 }
 
-static const struct backend queue_backend = { .room = queue_room, .cancel = queue_cancel };
+/* The body stays with the client until somebody reads it. */
+static const struct backend queue_backend = {
+    .room = nothing_fits, .body = nothing_taken, .consumed = nothing_consumed, .cancel = queue_cancel,
+};
+
+static void program_enqueue(struct program *p, struct exchange *ex)
+{
+    ex->backend = &queue_backend;
+    ex->stream = p;
+    ex->next = NULL;
+    ex->link = p->last;
+    *p->last = ex;
+    p->last = &ex->next;
+    p->queued++;
+}
 
 static void program_fail_queue(struct program *p, struct span text, struct span traceback)
 {
@@ -6566,48 +7728,51 @@ static void program_fail_queue(struct program *p, struct span text, struct span 
     }
 }
 
-static void program_hand_over(struct program *p, struct exchange *ex)
+/* It does not listen yet: a page that browsers load again, if the runtime has one. */
+static void program_say_loading(struct program *p, struct exchange *ex)
 {
-    if (p->worker->out.len >= WORKER_OUT_MAX)
-        exchange_fail(ex, FAILURE_NOT_STARTED, SPAN("too many requests wait for the program to read them"), SPAN(""));
-    else if (worker_request(p->worker, ex) == 0)
-        exchange_room_grew(ex);
+    static const char fields[] = "content-type\0text/html; charset=utf-8\0cache-control\0no-store\0retry-after\0" "5";
+    struct buf page = { 0 };
+    char text[96];
+
+    snprintf(text, sizeof text, "the program does not listen on port %u yet", p->port);
+    if (!ex->request.is_event && file_load(PATH_LOADING_PAGE, &page, LOADING_PAGE_MAX) == 0)
+        exchange_answer(ex, 503, (struct span){ fields, sizeof fields }, 3, buf_span(&page));
     else
-        exchange_fail(ex, FAILURE_NO_MEMORY, SPAN("no memory for the request"), SPAN(""));
+        exchange_fail(ex, FAILURE_NOT_STARTED, span_of(text), SPAN(""));
+    buf_fini(&page);
 }
 
 /* The front has filled ex->request; the answer, also a refusal, comes through ex->front. */
 static void program_request(struct program *p, struct exchange *ex)
 {
-    exchange_start(ex, p->loop, &queue_backend);
-    if (p->state == PROGRAM_SERVING && p->worker->state == WORKER_READY) {
-        program_hand_over(p, ex);
-    } else if (p->state == PROGRAM_NONE || p->state == PROGRAM_STOPPED) {
+    exchange_start(ex, p->loop, &nobody_backend);
+    if (p->state == PROGRAM_SERVING && p->runner->state == RUNNER_READY)
+        p->runner->kind->request(p->runner, ex);
+    else if (p->state == PROGRAM_NONE || p->state == PROGRAM_STOPPED)
         exchange_fail(ex, FAILURE_NOT_STARTED, p->state == PROGRAM_NONE
                       ? span_of(p->missing) : SPAN("the machine is halting"), SPAN(""));
-    } else if (p->queued >= (size_t)limits.queue) {
+    else if (p->ended.len > 0)
+        exchange_fail(ex, FAILURE_CRASHED, buf_span(&p->ended), buf_span(&p->ended_tail));
+    else if (p->is_late)
+        program_say_loading(p, ex);
+    else if (p->queued >= (size_t)limits.queue)
         exchange_fail(ex, FAILURE_NOT_STARTED, SPAN("too many requests wait for the program to start"), SPAN(""));
-    } else {
-        ex->stream = p;
-        ex->next = NULL;
-        ex->link = p->last;
-        *p->last = ex;
-        p->last = &ex->next;
-        p->queued++;
-    }
+    else
+        program_enqueue(p, ex);
 }
 
 /* ---- life and death ---- */
 
-/* Gives the current worker up; it is only waited for now. */
-static void program_drop_worker(struct program *p)
+/* Gives the current runner up; it is only waited for now. */
+static void program_drop_runner(struct program *p)
 {
-    struct worker *w = p->worker;
+    struct runner *r = p->runner;
 
-    if (!w)
+    if (!r)
         return;
-    p->worker = NULL;
-    worker_kill(w);
+    p->runner = NULL;
+    runner_kill(r);
     cgroup_kill(p->children);
 }
 
@@ -6619,7 +7784,7 @@ static void program_start_failed(struct program *p, struct span text, struct spa
 
     buf_add_span(&kept, text);          /* they may point into the worker */
     buf_add_span(&trace, traceback);
-    program_drop_worker(p);
+    program_drop_runner(p);
     loop_never(p->loop, &p->timer);
     if (p->state == PROGRAM_STARTING) {
         p->state = PROGRAM_NONE;
@@ -6638,63 +7803,94 @@ static void program_start_failed(struct program *p, struct span text, struct spa
     buf_fini(&trace);
 }
 
+/* A program that no shim of ours starts does not say when it is ready: one that has run for
+ * a moment counts as started, and may take its time to listen. */
+static bool program_tells(const struct program *p)
+{
+    return p->conf.launch == LAUNCH_WORKER || p->conf.launch == LAUNCH_NODE;
+}
+
 static void program_launch(struct program *p, int64_t ms)
 {
     struct buf why = { 0 };
 
     if (p->before_launch)
         p->before_launch(p);
-    loop_after(p->loop, &p->timer, ms);
-    if (!p->worker && program_spawn(p, p->conf.entrypoint, &why) < 0)
+    loop_after(p->loop, &p->timer, program_tells(p) || ms < limits.exec_wait_ms ? ms : limits.exec_wait_ms);
+    if (!p->runner && program_spawn(p, p->conf.entrypoint, &why) < 0)
         program_start_failed(p, buf_span(&why), SPAN(""));
-    else if (p->worker->state == WORKER_WARM)
+    else if (p->runner->state == RUNNER_WARM)
         program_configure(p);
     buf_fini(&why);
 }
 
-static void program_on_warm(struct worker *w)
+static void program_on_warm(struct runner *r)
 {
-    struct program *p = w->program;
-    if (w == p->worker && (p->state == PROGRAM_STARTING || p->state == PROGRAM_RESTARTING))
+    struct program *p = r->program;
+    if (r == p->runner && (p->state == PROGRAM_STARTING || p->state == PROGRAM_RESTARTING))
         program_configure(p);
 }
 
-static void program_on_ready(struct worker *w)
+/* Its start is over, whether it listens already or not. */
+static void program_serve(struct program *p)
 {
-    struct program *p = w->program;
     bool first = p->state == PROGRAM_STARTING;
 
-    if (w != p->worker)
-        return;
-    loop_never(p->loop, &p->timer);
     p->state = PROGRAM_SERVING;
     p->served_ms = now_ms();
-    log_info("%s: %s", p->conf.entrypoint, first ? "serving" : "serving again");
     if (first)
         p->on_started(p, true, SPAN(""), SPAN(""));
-    while (p->first && p->state == PROGRAM_SERVING) {
+}
+
+static void program_on_ready(struct runner *r)
+{
+    struct program *p = r->program;
+
+    if (r != p->runner || p->state == PROGRAM_STOPPED)
+        return;
+    loop_never(p->loop, &p->timer);
+    log_info("%s: %s", p->conf.entrypoint, p->state == PROGRAM_RESTARTING ? "serving again" : "serving");
+    p->was_ready = true;
+    p->is_late = false;
+    if (p->state != PROGRAM_SERVING)
+        program_serve(p);
+    while (p->first && p->state == PROGRAM_SERVING && p->runner->state == RUNNER_READY) {
         struct exchange *ex = p->first;
         program_dequeue(p, ex);
-        program_hand_over(p, ex);
+        p->runner->kind->request(p->runner, ex);
     }
 }
 
-static void program_on_start_failed(struct worker *w, struct span text, struct span traceback)
+static void program_on_start_failed(struct runner *r, struct span text, struct span traceback)
 {
-    if (w == ((struct program *)w->program)->worker)
-        program_start_failed(w->program, text, traceback);
+    if (r == ((struct program *)r->program)->runner)
+        program_start_failed(r->program, text, traceback);
 }
 
-static void program_describe_end(struct program *p, struct worker *w, int status, struct buf *out)
+/* It listens no more, though it runs: the request waits as if it had just been started. */
+static void program_on_refused(struct runner *r, struct exchange *ex)
+{
+    struct program *p = r->program;
+
+    if (r != p->runner || p->state != PROGRAM_SERVING) {
+        exchange_fail(ex, FAILURE_CRASHED, SPAN("the program listens no more"), SPAN(""));
+        return;
+    }
+    program_enqueue(p, ex);
+    if (!p->timer.heap_at)
+        loop_after(p->loop, &p->timer, limits.loading_ms);
+}
+
+static void program_describe_end(struct program *p, struct runner *r, int status, struct buf *out)
 {
     char how[128];
     int64_t kills = cgroup_oom_kills(p->children);
 
     bool killed = WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL;
     child_describe(how, sizeof how, status);
-    buf_add_format(out, "the program %s %s", w->name, w->broken[0] && killed ? "was killed" : how);
-    if (w->broken[0])
-        buf_add_format(out, ": %s", w->broken);
+    buf_add_format(out, "the program %s %s", r->name, r->broken[0] && killed ? "was killed" : how);
+    if (r->broken[0])
+        buf_add_format(out, ": %s", r->broken);
     else if (killed && kills > p->oom_kills)
         buf_add_text(out, ": out of memory");
     p->oom_kills = kills;
@@ -6708,6 +7904,11 @@ static void program_ended(struct program *p, struct span text, struct span tail)
         program_start_failed(p, text, tail);
         break;
     case PROGRAM_SERVING:
+        if (!p->was_ready) {            /* whoever waits for it to listen waits in vain */
+            program_fail_queue(p, text, tail);
+            buf_add_span(&p->ended, text);
+            buf_add_span(&p->ended_tail, tail);
+        }
         if (now_ms() - p->served_ms > limits.backoff_max_ms)
             p->backoff_ms = limits.backoff_ms;
         p->state = PROGRAM_WAITING;
@@ -6725,30 +7926,33 @@ static void program_ended(struct program *p, struct span text, struct span tail)
     }
 }
 
-static void program_on_gone(struct worker *w, int status)
+static void program_on_gone(struct runner *r, int status)
 {
-    struct program *p = w->program;
+    struct program *p = r->program;
     struct buf text = { 0 };
 
-    if (w == p->worker) {
-        program_describe_end(p, w, status, &text);
+    if (r == p->runner) {
+        program_describe_end(p, r, status, &text);
         log_info("%s", buf_text(&text));
-        p->status = status;
-        p->worker = NULL;
-        child_signal(&w->child, SIGKILL);       /* what it forked */
+                      ? span_of(p->missing) : SPAN("the machine is halting"), SPAN(""));
+    else if (p->ended.len > 0)
+        exchange_fail(ex, FAILURE_CRASHED, buf_span(&p->ended), buf_span(&p->ended_tail));
+    else if (p->is_late)
+        program_say_loading(p, ex);
+    else if (p->queued >= (size_t)limits.queue)
         cgroup_kill(p->children);
-        worker_fail_all(w, FAILURE_CRASHED, buf_span(&text), output_tail(&w->output));
-        program_ended(p, buf_span(&text), output_tail(&w->output));
+        r->kind->fail_all(r, FAILURE_CRASHED, buf_span(&text), output_tail(&r->output));
+        program_ended(p, buf_span(&text), output_tail(&r->output));
         buf_fini(&text);
     } else {
-        worker_fail_all(w, FAILURE_CRASHED, SPAN("the program was replaced"), SPAN(""));
+        r->kind->fail_all(r, FAILURE_CRASHED, SPAN("the program was replaced"), SPAN(""));
     }
-    worker_free(w);
+    r->kind->free(r);
 }
 
-static const struct worker_owner program_owner = {
+static const struct runner_owner program_owner = {
     .on_warm = program_on_warm, .on_ready = program_on_ready,
-    .on_start_failed = program_on_start_failed, .on_gone = program_on_gone,
+    .on_start_failed = program_on_start_failed, .on_refused = program_on_refused, .on_gone = program_on_gone,
 };
 
 static void program_on_deadline(struct watch *t)
@@ -6763,16 +7967,29 @@ static void program_on_deadline(struct watch *t)
         break;
     case PROGRAM_STARTING:
     case PROGRAM_RESTARTING:
+        if (!program_tells(p)) {
+            program_serve(p);
+            loop_after(p->loop, &p->timer, limits.loading_ms);
+            break;
+        }
         snprintf(text, sizeof text, "the program did not start within %" PRId64 " ms", limits.start_ms);
-        program_start_failed(p, span_of(text), output_tail(&p->worker->output));
+        program_start_failed(p, span_of(text), output_tail(&p->runner->output));
         break;
     case PROGRAM_STOPPED:
-        log_info("%s: did not end within %" PRId64 " ms: killed", p->worker->name, limits.grace_ms);
-        worker_kill(p->worker);
+        log_info("%s: did not end within %" PRId64 " ms: killed", p->runner->name, limits.grace_ms);
+        runner_kill(p->runner);
         cgroup_kill(p->children);
         break;
-    case PROGRAM_NONE:
     case PROGRAM_SERVING:
+        log_info("%s: does not listen on port %u within %" PRId64 " ms", p->conf.entrypoint, p->port, limits.loading_ms);
+        p->is_late = true;
+        while (p->first) {
+            struct exchange *ex = p->first;
+            program_dequeue(p, ex);
+            program_say_loading(p, ex);
+        }
+        break;
+    case PROGRAM_NONE:
         break;
     }
 }
@@ -6785,8 +8002,8 @@ static void program_on_stall(struct watch *w, uint32_t events)
 
     if (!(events & EPOLLPRI))
         loop_want(p->loop, w, 0);
-    else if (p->worker)
-        worker_break(p->worker, "out of memory: it stood still for half of 10 s");
+    else if (p->runner)
+        runner_break(p->runner, "out of memory: it stood still for half of 10 s");
 }
 
 /* Once its cgroup is there (Documentation/accounting/psi.rst); old kernels have no such file. */
@@ -6805,9 +8022,9 @@ static void program_watch_memory(struct program *p)
 
 static void program_init(struct program *p, struct loop *loop, struct children *children)
 {
-    *p = (struct program){ .loop = loop, .children = children, .backoff_ms = limits.backoff_ms,
-                           .env = program_env_guest, .folder = PATH_STATE, .status = -1,
-                           .missing = "no program is configured yet",
+        p->status = status;
+        p->runner = NULL;
+        child_signal(&r->child, SIGKILL);       /* what it forked */
                            .timer = { .fd = -1, .on_deadline = program_on_deadline } };
     p->last = &p->first;
 }
@@ -6821,30 +8038,30 @@ static void program_start(struct program *p, struct conf *conf, int64_t ms)
     *conf = (struct conf){ 0 };
     p->state = PROGRAM_STARTING;
     p->oom_kills = cgroup_oom_kills(p->children);
-    if (p->worker && (program_needs_cold(&p->conf) || p->worker->state > WORKER_WARM))
-        program_drop_worker(p);
+    if (p->runner && (program_needs_cold(&p->conf) || p->runner->state > RUNNER_WARM))
+        program_drop_runner(p);
     program_launch(p, ms);
 }
 
 /* For halt: lifespan shutdown and SIGTERM, SIGKILL to all after the grace, then on_stopped. */
 static void program_stop(struct program *p)
 {
-    struct worker *w = p->worker;
+    struct runner *r = p->runner;
     bool serving = p->state == PROGRAM_SERVING, starting = p->state == PROGRAM_STARTING;
 
     p->state = PROGRAM_STOPPED;
     program_fail_queue(p, SPAN("the machine is halting"), SPAN(""));
     loop_never(p->loop, &p->timer);
-    if (w && !serving)
-        program_drop_worker(p);     /* it has nothing to finish */
+    if (r && !serving)
+        program_drop_runner(p);     /* it has nothing to finish */
     if (starting)
         p->on_started(p, false, SPAN("the machine is halting"), SPAN(""));
-    if (!p->worker) {
+    if (!p->runner) {
         p->on_stopped(p);
         return;
     }
     loop_after(p->loop, &p->timer, limits.grace_ms);
-    worker_stop(w);
+    runner_stop(r);
 }
 
 /* ==== job: work that may block, in a child of its own ============================
@@ -6908,7 +8125,7 @@ static int job_start(struct job *j, struct loop *loop, struct children *children
     if (j->report == MAP_FAILED)
         return -1;
     if (child_spawn(children, &j->child, &(struct spawn){ .run = job_child, .arg = j,
-                    .fds = { -1, 2, 2, -1 } }) < 0) {
+                    .fds = { -1, 2, 2, -1, -1 } }) < 0) {
         munmap(j->report, JOB_REPORT_BYTES);
         return -1;
     }
@@ -6951,15 +8168,43 @@ static void setup_remove_data(const struct conf *c)
         zip_remove(c->input_data, PATH_DATA);
 }
 
+/* An archive may have lost the permission to execute, a read-only file system cannot be given it. */
+static void setup_make_executable(const struct conf *c)
+{
+    char path[PATH_MAX];
+    struct stat st;
+
+    conf_entry_path(c, path, sizeof path);
+    if (c->launch == LAUNCH_EXEC && access(path, X_OK) < 0 && stat(path, &st) == 0 && S_ISREG(st.st_mode))
+        chmod(path, (st.st_mode & 07777) | 0111);
+}
+
 static int setup_unpack_code(const struct conf *c, struct buf *why)
 {
-    return c->encoding == ENCODING_ZIP ? zip_extract(c->code, conf_code_folder(c), why) : 0;
+    char path[PATH_MAX];
+    int rc = 0;
+
+    if (c->encoding == ENCODING_ZIP)
+        rc = zip_extract(c->code, conf_code_folder(c), why);
+    if (c->encoding == ENCODING_PLAIN && c->launch != LAUNCH_WORKER) {
+        conf_entry_path(c, path, sizeof path);
+        if (mkdir_all(conf_code_folder(c), 0755) < 0 || file_write(path, c->code.p, c->code.n, 0755) < 0)
+            rc = conf_wrong(why, "code: %s: %s", path, strerror(errno));
+    }
+    if (rc == 0)
+        setup_make_executable(c);
+    return rc;
 }
 
 static void setup_remove_code(const struct conf *c)
 {
+    char path[PATH_MAX];
+
+    conf_entry_path(c, path, sizeof path);
     if (c->encoding == ENCODING_ZIP)
         zip_remove(c->code, conf_code_folder(c));
+    else if (c->encoding == ENCODING_PLAIN && c->launch != LAUNCH_WORKER)
+        unlink(path);
 }
 
 static const struct setup_step setup_steps[] = {
@@ -7372,7 +8617,7 @@ static void aleph_on_head(struct exchange *ex, const struct response_head *h)
     uint32_t kept = 0;
 
     while (field_next(&rest, &name, &value))
-        kept += !field_is_hop_by_hop(name);
+        kept += !field_is_dropped(h->fields, name);
     mp_write_map(&a->reply, 4);
     mp_write_key(&a->reply, "headers");
     mp_write_map(&a->reply, 3);
@@ -7384,7 +8629,7 @@ static void aleph_on_head(struct exchange *ex, const struct response_head *h)
     mp_write_array(&a->reply, kept);
     for (rest = h->fields; field_next(&rest, &name, &value);) {
         struct buf text = { 0 };
-        if (field_is_hop_by_hop(name))
+        if (field_is_dropped(h->fields, name))
             continue;
         mp_write_array(&a->reply, 2);
         mp_write_bin(&a->reply, name);
@@ -7522,27 +8767,9 @@ static const char *aleph_read_scope(struct mp_in *in, struct aleph_scope *out)
     return NULL;
 }
 
-static bool field_is_named_in(struct span connection, struct span name)
-{
-    while (connection.n > 0) {
-        const char *comma = memchr(connection.p, ',', connection.n);
-        struct span item = { connection.p, comma ? (size_t)(comma - connection.p) : connection.n };
-        size_t step = item.n + (comma ? 1 : 0);
-        while (item.n > 0 && (item.p[0] == ' ' || item.p[0] == '\t'))
-            item = (struct span){ item.p + 1, item.n - 1 };
-        while (item.n > 0 && (item.p[item.n - 1] == ' ' || item.p[item.n - 1] == '\t'))
-            item.n--;
-        if (item.n == name.n && strncasecmp(item.p, name.p, name.n) == 0)
-            return true;
-        connection = (struct span){ connection.p + step, connection.n - step };
-    }
-    return false;
-}
-
 static void request_add_field(struct request *r, struct span name, struct span value)
 {
-    for (size_t i = 0; i < name.n; i++)
-        buf_add_byte(&r->text, (unsigned char)tolower((unsigned char)name.p[i]));
+    buf_add_span(&r->text, name);
     buf_add_byte(&r->text, 0);
     buf_add_span(&r->text, value);
     buf_add_byte(&r->text, 0);
@@ -7818,18 +9045,18 @@ static int command_start(struct aleph *a, const char *text)
 
     if (!cmd)
         return -1;
-    char **env = program_env(s->program->env, &s->program->conf);
+    *p = (struct program){ .loop = loop, .children = children, .backoff_ms = limits.backoff_ms, .port = PORT_PROGRAM,
+                           .env = program_env_guest, .folder = PATH_STATE, .status = -1,
+                           .missing = "no program is configured yet",
     if (env && pipe2(ends, O_CLOEXEC) == 0 && fd_nonblock(ends[0]) == 0) {
         *cmd = (struct command){ .server = s, .aleph = a, .left = limits.command_out_bytes,
             .pipe = { .fd = ends[0], .on_event = command_on_event },
             .timer = { .fd = -1, .on_deadline = command_on_deadline },
             .child = { .name = "!command", .on_exit = command_on_exit } };
         rc = child_spawn(s->children, &cmd->child, &(struct spawn){ .argv = argv, .envp = env,
-                         .cwd = "/", .fds = { -1, ends[1], ends[1], -1 } });
+                         .cwd = "/", .fds = { -1, ends[1], ends[1], -1, -1 } });
     }
-    for (size_t i = 0; env && env[i]; i++)
-        free(env[i]);
-    free(env);
+    env_free(env);
     fd_close(&ends[1]);
     if (rc < 0) {
         fd_close(&ends[0]);
@@ -8043,7 +9270,8 @@ static int aleph_open(struct aleph_server *s)
 enum http_state {
     HTTP_IN_HEAD,          /* between requests, or in a head */
     HTTP_IN_BODY,          /* the request goes to the program; its response may come already */
-    HTTP_ANSWERING       /* the request is complete */
+    HTTP_ANSWERING,        /* the request is complete */
+    HTTP_TUNNEL            /* after 101: bytes go both ways as they come */
 };
 
 struct http_server {
@@ -8062,6 +9290,7 @@ struct http {
     const char         *wrong;      /* why the request is refused, set by a callback */
     int                 wrong_status;
     struct part         authority, name;            /* in ex.request.text */
+    struct buf          connection, upgrade;        /* values of those fields */
     size_t              head_bytes, extra_bytes;    /* of this request: head; extensions, trailers */
     int64_t             body_bytes;
     unsigned            fields, hosts, codings;     /* all, Host and Transfer-Encoding fields */
@@ -8148,31 +9377,51 @@ static void http_refuse(struct http *h, int status, const char *why)
 
 /* ---- the program's answer ---- */
 
+/* The program agrees to change the protocol (RFC 9110 section 7.8). */
+static void http_on_switched(struct http *h, const struct response_head *head)
+{
+    struct buf *out = &h->conn.out;
+    struct span rest = head->fields, name, value;
+
+    http_add_status_line(out, head->status);
+    while (field_next(&rest, &name, &value))
+        if (span_eq_nocase(name, "connection") || span_eq_nocase(name, "upgrade")
+            || !field_is_dropped(head->fields, name))
+            field_add_line(out, name, value);
+    buf_add_text(out, "\r\n");
+    h->head_sent = true;
+    h->request_done = h->keep_alive = false;
+    h->state = HTTP_TUNNEL;
+    h->conn.paused = false;
+    conn_soon(&h->conn);
+}
+
 static void http_on_head(struct exchange *ex, const struct response_head *head)
 {
     struct http *h = CONTAINER(ex, struct http, ex);
     struct buf *out = &h->conn.out;
     struct span rest = head->fields, name, value;
-    bool dated = false, is_11 = h->parser.http_minor == 1;
+    bool dated = false, measured = false, is_11 = h->parser.http_minor == 1;
 
+    if (head->status == 101) {
+        http_on_switched(h, head);
+        return;
+    }
     h->no_body = h->is_head || head->status == 204 || head->status == 304;
     h->chunked = !h->no_body && head->content_length < 0 && is_11;
     if (!h->no_body && head->content_length < 0 && !is_11)
         h->keep_alive = false;      /* its end is the connection's */
     http_add_status_line(out, head->status);
     while (field_next(&rest, &name, &value)) {
-        if (field_is_hop_by_hop(name) || span_eq_nocase(name, "content-length"))
+        bool length = span_eq_nocase(name, "content-length");
+        if (field_is_dropped(head->fields, name) || (length && (measured || head->status == 204)))
             continue;
+        measured = measured || length;
         dated = dated || span_eq_nocase(name, "date");
-        buf_add_span(out, name);
-        buf_add_text(out, ": ");
-        buf_add_span(out, value);
-        buf_add_text(out, "\r\n");
+        field_add_line(out, name, value);
     }
     if (!dated)
         http_add_date(out);
-    if (head->content_length >= 0 && head->status != 204)
-        buf_add_format(out, "content-length: %" PRId64 "\r\n", head->content_length);
     if (h->chunked)
         buf_add_text(out, "transfer-encoding: chunked\r\n");
     if (!h->keep_alive)
@@ -8288,9 +9537,7 @@ static int http_on_field(llhttp_t *parser, const char *p, size_t n)
 
     if (h->head_done)
         return http_on_trailer(h, n);
-    for (size_t i = 0; i < n; i++)
-        buf_add_byte(&h->ex.request.text, (unsigned char)tolower((unsigned char)p[i]));
-    return 0;
+    return buf_add(&h->ex.request.text, p, n);
 }
 
 static int http_on_field_complete(llhttp_t *parser)
@@ -8354,17 +9601,17 @@ static int http_check_field(struct http *h, struct span name, struct span value)
 
     if (!field_name_ok(name) || !field_value_ok(value))
         return http_wrong(h, 400, "a field holds bytes that it must not");
-    if (span_eq(name, "host") && (h->hosts++ > 0 || !http_host_ok(value)))
+    if (span_eq_nocase(name, "host") && (h->hosts++ > 0 || !http_host_ok(value)))
         return http_wrong(h, 400, h->hosts > 1 ? "two Host fields" : "a Host that is no host");
-    if (span_eq(name, "content-length") && !number_read(value, 0, INT64_MAX, &length))
+    if (span_eq_nocase(name, "content-length") && !number_read(value, 0, INT64_MAX, &length))
         return http_wrong(h, 400, "a Content-Length that is no number");
-    if (span_eq(name, "transfer-encoding")) {
+    if (span_eq_nocase(name, "transfer-encoding")) {
         if (h->codings++ > 0)
             return http_wrong(h, 400, "two Transfer-Encoding fields");
         if (!span_eq_nocase(value, "chunked"))
             return http_wrong(h, 501, "a Transfer-Encoding other than chunked");
     }
-    if (span_eq(name, "expect")) {
+    if (span_eq_nocase(name, "expect")) {
         if (!span_eq_nocase(value, "100-continue"))
             return http_wrong(h, 417, "an Expect other than 100-continue");
         h->expects = true;
@@ -8388,10 +9635,16 @@ static int http_on_value_complete(llhttp_t *parser)
         return http_wrong(h, 431, "too many fields");
     if (http_check_field(h, name, value) < 0)
         return -1;
-    if (field_is_hop_by_hop(name)) {
-        r->text.len = h->name.at;           /* ends at this connection */
+    if (field_is_hop_by_hop(name)) {        /* ends at this connection */
+        struct buf *kept = span_eq_nocase(name, "connection") ? &h->connection
+                         : span_eq_nocase(name, "upgrade") ? &h->upgrade : NULL;
+        if (kept && kept->len > 0)
+            buf_add_byte(kept, ',');
+        if (kept)
+            r->text.failed |= buf_add_span(kept, value) < 0;
+        r->text.len = h->name.at;
     } else {
-        if (span_eq(name, "host") && h->authority.n > 0) {      /* RFC 9112 section 3.2.2 */
+        if (span_eq_nocase(name, "host") && h->authority.n > 0) {      /* RFC 9112 section 3.2.2 */
             r->text.len = at;
             struct buf copy = { 0 };
             buf_add_span(&copy, request_part(r, h->authority));
@@ -8473,6 +9726,41 @@ static int http_check_head(struct http *h)
     return 0;
 }
 
+/* Takes out the fields that a value of Connection names. */
+static void http_drop_named(struct http *h)
+{
+    struct request *r = &h->ex.request;
+    struct span rest = request_part(r, r->fields), name, value;
+    struct buf kept = { 0 };
+    uint32_t count = 0;
+
+    while (field_next(&rest, &name, &value)) {
+        if (field_is_named_in(buf_span(&h->connection), name))
+            continue;
+        buf_add(&kept, name.p, name.n + value.n + 2);       /* they stand one after the other */
+        count++;
+    }
+    if (count < r->fields_count || kept.failed) {
+        r->text.len = r->fields.at;
+        r->text.failed |= kept.failed || buf_add_span(&r->text, buf_span(&kept)) < 0;
+        r->fields_count = count;
+        request_part_end(r, &r->fields);
+    }
+    buf_fini(&kept);
+}
+
+/* Only what the client names in Connection too is an offer (RFC 9110 section 7.8). */
+static void http_take_upgrade(struct http *h)
+{
+    struct request *r = &h->ex.request;
+
+    if (!field_is_named_in(buf_span(&h->connection), SPAN("upgrade")) || h->parser.http_minor == 0)
+        return;
+    r->upgrade = request_part_begin(r);
+    buf_add_span(&r->text, buf_span(&h->upgrade));
+    request_part_end(r, &r->upgrade);
+}
+
 static int http_on_headers_complete(llhttp_t *parser)
 {
     struct http *h = http_of(parser);
@@ -8481,11 +9769,19 @@ static int http_on_headers_complete(llhttp_t *parser)
     if (http_check_head(h) < 0)
         return -1;
     request_part_end(r, &r->fields);
+    if (h->connection.len > 0)
+        http_drop_named(h);
+    if (h->upgrade.len > 0)
+        http_take_upgrade(h);
+    if (r->text.failed)
+        return http_wrong(h, 503, "no memory for the head");
+    if (r->upgrade.n > 0 && (parser->flags & F_CHUNKED || parser->content_length > 0))
+        return http_wrong(h, 400, "an offer to change the protocol, with a body");
     r->http_version = parser->http_minor == 1 ? "1.1" : "1.0";
     r->has_body = parser->flags & F_CHUNKED || parser->content_length > 0;
     h->is_head = parser->method == HTTP_HEAD;
     h->keep_alive = llhttp_should_keep_alive(parser);
-    parser->upgrade = 0;                    /* RFC 9110 section 7.8: may be ignored */
+    parser->upgrade = 0;                    /* the program decides; until then it is HTTP */
     h->head_done = true;
     return HPE_PAUSED;
 }
@@ -8531,6 +9827,8 @@ static void http_reset(struct http *h)
 {
     llhttp_init(&h->parser, HTTP_REQUEST, &http_settings);
     request_fini(&h->ex.request);
+    buf_fini(&h->connection);
+    buf_fini(&h->upgrade);
     h->state = HTTP_IN_HEAD;
     h->authority = h->name = (struct part){ 0 };
     h->head_bytes = h->extra_bytes = h->owed = 0;
@@ -8643,10 +9941,30 @@ static void http_read_body(struct http *h)
     http_await(h);
 }
 
+/* Hands on what the client sends after 101, as far as the program keeps up. */
+static void http_read_tunnel(struct http *h)
+{
+    struct conn *c = &h->conn;
+    size_t room = exchange_room(&h->ex), n = room < c->in.len ? room : c->in.len;
+
+    if (n > 0) {
+        exchange_body(&h->ex, (struct span){ buf_at(&c->in), n }, false);
+        buf_drop(&c->in, n);
+    }
+    if (c->eof && c->in.len == 0 && !h->request_done) {
+        h->request_done = true;
+        exchange_body(&h->ex, SPAN(""), true);
+    }
+    http_await(h);
+}
+
 /* Goes on as far as input and the program's appetite allow. */
 static void http_on_input(struct conn *c)
 {
     struct http *h = CONTAINER(c, struct http, conn);
+
+    if (c->state == CONN_OPEN && h->state == HTTP_TUNNEL)
+        http_read_tunnel(h);
 
     while (c->state == CONN_OPEN && h->state == HTTP_IN_HEAD && c->in.len > 0
            && c->out.len < CONN_OUT_HIGH)       /* the answers before are to be read first */
@@ -8697,6 +10015,8 @@ static void http_on_close(struct conn *c)
     struct http *h = CONTAINER(c, struct http, conn);
     exchange_cancel(&h->ex);
     request_fini(&h->ex.request);
+    buf_fini(&h->connection);
+    buf_fini(&h->upgrade);
 }
 
 static void http_on_free(struct conn *c)

@@ -30,6 +30,9 @@
 #define PORT_API        53      /* guest to host: the guest API, from PATH_API_SOCKET */
 #define PORT_HTTP       80      /* host to guest: the program, plain HTTP/1.1 */
 
+/* TCP, loopback of the guest: where a program listens that is no Python worker. */
+#define PORT_PROGRAM    8080
+
 /* ---- Paths in the guest ---------------------------------------------------------- */
 #define PATH_OLD_ROOT   "/rom"                  /* the read-only root below the overlay */
 #define PATH_CONF       "/etc/agent.json"       /* read at boot */
@@ -38,6 +41,8 @@
 #define PATH_CODE       "/opt/code"             /* where executables' code is unpacked or mounted */
 #define CODE_DEVICE     "vdb"                   /* the disk that squashfs code comes on */
 #define PATH_PACKAGES   "/opt/packages"         /* second on sys.path */
+#define PATH_NODE_MODULES "/opt/node_modules"   /* second on NODE_PATH */
+#define PATH_LOADING_PAGE "/root/loading.html"  /* the answer while a program does not listen yet */
 #define PATH_DATA       "/data"                 /* where input_data is unpacked */
 #define PATH_API_SOCKET "/tmp/socat-socket"     /* the guest API's address, as programs know it */
 #define PATH_CGROUP     "/sys/fs/cgroup"
@@ -47,7 +52,8 @@
 #define PATH_NVM_OPT    "/opt/nvm"              /* the first of these that is there */
 
 /* ---- Frames between the agent and a Python worker ---------------------------------
- * A Unix stream socket, fd 3 of the worker. Each frame is a header of 12 bytes, little
+ * A Unix stream socket, fd 3 of the worker. (Node's shim has its listening socket there and
+ * a socket for FRAME_READY and FRAME_START_FAILED as fd 4.) Each frame is a header of 12 bytes, little
  * endian, then the payload:
  *
  *     u32 length of the payload   u32 stream   u8 type   u8 flags   u16 zero
@@ -60,7 +66,6 @@
  * Flow control: a sender may have WORKER_CREDIT body bytes under way per stream and
  * direction; the receiver gives more with FRAME_WINDOW (u32 bytes) as it consumes. */
 #define FRAME_HEADER_BYTES  12
-#define FRAME_FD            3
 
 enum frame_type {
     /* agent to worker */
@@ -124,6 +129,9 @@ enum frame_type {
     X(send_ms,            60000,      100,     3600000, "a client that does not read its response") \
     X(response_head_ms,   300000,     100,     3600000, "the program's response head") \
     X(start_ms,           50000,      100,     3600000, "the program's start; the host gives a configuration 60 s") \
+    X(exec_wait_ms,       1000,       10,      3600000, "an executable that has run for so long counts as started") \
+    X(loading_ms,         90000,      100,     3600000, "a started executable that does not listen yet; then 503") \
+    X(upstream_idle_ms,   4000,       10,      3600000, "an idle connection to the program; Node closes after 5 s") \
     X(lifespan_ms,        30000,      100,     3600000, "lifespan startup") \
     X(command_ms,         60000,      100,     86400000, "one !command") \
     X(command_gap_ms,     50,         1,       10000,   "silence that ends a !command's text") \
@@ -150,6 +158,8 @@ enum frame_type {
 #define NODE_LTS_MAX        100             /* majors that may have long-term support are below */
 #define NODE_VERSIONS_MAX   1024            /* installed versions that are looked at */
 #define NODE_LIST_MAX       400             /* characters of them in an error, about */
+#define LOADING_PAGE_MAX    (256 << 10)     /* the loading page */
+#define ENTRYPOINT_MAX      512             /* the entrypoint, with its arguments */
 #define HOSTNAME_MAX        63              /* one DNS label */
 #define HOSTS_BYTES_MAX     (1 << 20)       /* of /etc/hosts; a longer one is left alone */
 #define VOLUME_DEVICE_MAX   31              /* bytes of a volume's device name (BDEVNAME_SIZE) */

@@ -83,32 +83,32 @@ static const struct front slot_front = {
     .on_end = slot_on_end, .on_fail = slot_on_fail,
 };
 
-static void life_on_warm(struct worker *w)
+static void life_on_warm(struct runner *w)
 {
-    demand(bench->told++ == 0 && w->state == WORKER_WARM, "warm, once");
-    w->state = WORKER_STARTING;
+    demand(bench->told++ == 0 && w->state == RUNNER_WARM, "warm, once");
+    w->state = RUNNER_STARTING;
 }
 
-static void life_on_ready(struct worker *w)
+static void life_on_ready(struct runner *w)
 {
-    demand(bench->told++ == 1 && w->state == WORKER_READY, "ready, once, after warm");
+    demand(bench->told++ == 1 && w->state == RUNNER_READY, "ready, once, after warm");
 }
 
-static void life_on_start_failed(struct worker *w, struct span text, struct span traceback)
+static void life_on_start_failed(struct runner *w, struct span text, struct span traceback)
 {
     (void)text;
     (void)traceback;
-    demand(bench->told++ == 1 && w->state == WORKER_STOPPING, "failed, once, after warm");
+    demand(bench->told++ == 1 && w->state == RUNNER_STOPPING, "failed, once, after warm");
 }
 
-static void life_on_gone(struct worker *w, int status)
+static void life_on_gone(struct runner *w, int status)
 {
     (void)w;
     (void)status;
     demand(false, "nobody died");
 }
 
-static const struct worker_owner life = {
+static const struct runner_owner life = {
     .on_warm = life_on_warm, .on_ready = life_on_ready, .on_start_failed = life_on_start_failed, .on_gone = life_on_gone,
 };
 
@@ -160,12 +160,12 @@ static void take_frames(struct worker *w)
 
 static void receive(struct worker *w, struct span bytes, size_t piece)
 {
-    while (bytes.n > 0 && w->state != WORKER_BROKEN) {
+    while (bytes.n > 0 && w->runner.state != RUNNER_BROKEN) {
         size_t n = bytes.n < piece ? bytes.n : piece;
         buf_add(&w->in, bytes.p, n);
         bytes = (struct span){ bytes.p + n, bytes.n - n };
         worker_parse(w);
-        demand(w->state == WORKER_BROKEN || w->in.len < FRAME_HEADER_BYTES + WORKER_FRAME_MAX, "input piles up");
+        demand(w->runner.state == RUNNER_BROKEN || w->in.len < FRAME_HEADER_BYTES + WORKER_FRAME_MAX, "input piles up");
     }
 }
 
@@ -195,7 +195,7 @@ static void step(struct bench *b, struct fuzz *f)
 
     switch (op % 8) {
     case 0:
-        if (b->worker->state != WORKER_BROKEN)
+        if (b->worker->runner.state != RUNNER_BROKEN)
             slot_start(b, s, arg >> 3);
         break;
     case 1:
@@ -243,10 +243,11 @@ static void answer_instruction(struct fuzz f, bool event)
 
     loop_init(&l);
     program_init(&p, &l, &children);
-    *w = (struct worker){ .loop = &l, .children = &children, .owner = &life, .state = WORKER_READY, .next_id = 1,
-                          .channel = { .fd = -1, .on_event = worker_on_event }, .child = { .name = "fuzz" } };
-    w->output.watch.fd = -1;
-    p.worker = w;
+    *w = (struct worker){ .runner = { .kind = &worker_kind, .loop = &l, .children = &children, .owner = &life,
+                                      .state = RUNNER_READY, .child = { .name = "fuzz" } }, .next_id = 1,
+                          .channel = { .fd = -1, .on_event = worker_on_event } };
+    w->runner.output.watch.fd = -1;
+    p.runner = &w->runner;
     p.state = PROGRAM_SERVING;
     server.listener.arg = &server;
     demand(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends) == 0, "a socket pair");
@@ -256,9 +257,9 @@ static void answer_instruction(struct fuzz f, bool event)
     loop_rest(&l);
     buf_fini(&bytes);
     demand(p.queued == 0 && stream_find(w, 1) && *stream_find(w, 1), "it reached the worker");
-    while (f.n > 0 && w->state != WORKER_BROKEN)
+    while (f.n > 0 && w->state != RUNNER_BROKEN)
         receive_frame(w, &f);
-    worker_fail_all(w, FAILURE_CRASHED, SPAN("crashed"), SPAN(""));
+    worker_fail_all(&w->runner, FAILURE_CRASHED, SPAN("crashed"), SPAN(""));
     for (ssize_t n = 1; n > 0;) {
         loop_rest(&l);
         char *to = buf_room(&bytes, 4096);
@@ -323,14 +324,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     bench = &b;
     b.loop.soon_last = &b.loop.soon_first;
     struct worker *w = b.worker = calloc(1, sizeof *w);
-    *w = (struct worker){ .loop = &b.loop, .children = &b.children, .owner = &life, .next_id = mode & 0x40 ? UINT32_MAX : 1,
-                          .state = mode & 4 ? WORKER_BOOTING : WORKER_READY,
-                          .channel = { .fd = -1, .on_event = worker_on_event }, .child = { .name = "fuzz" } };
-    w->output.watch.fd = -1;
+    *w = (struct worker){ .runner = { .kind = &worker_kind, .loop = &b.loop, .children = &b.children, .owner = &life,
+                                      .state = mode & 4 ? RUNNER_BOOTING : RUNNER_READY, .child = { .name = "fuzz" } },
+                          .next_id = mode & 0x40 ? UINT32_MAX : 1,
+                          .channel = { .fd = -1, .on_event = worker_on_event } };
+    w->runner.output.watch.fd = -1;
     while (f.n > 0)
         step(&b, &f);
     take_frames(w);
-    worker_fail_all(w, FAILURE_CRASHED, SPAN("crashed"), SPAN(""));
+    worker_fail_all(&w->runner, FAILURE_CRASHED, SPAN("crashed"), SPAN(""));
     for (size_t i = 0; i < SLOTS; i++)
         demand(!b.slots[i].used || b.slots[i].ended || b.slots[i].cancelled, "an exchange that never ends");
     demand(b.loop.heap_len == 0, "a deadline is left");
