@@ -7934,12 +7934,9 @@ static void program_on_gone(struct runner *r, int status)
     if (r == p->runner) {
         program_describe_end(p, r, status, &text);
         log_info("%s", buf_text(&text));
-                      ? span_of(p->missing) : SPAN("the machine is halting"), SPAN(""));
-    else if (p->ended.len > 0)
-        exchange_fail(ex, FAILURE_CRASHED, buf_span(&p->ended), buf_span(&p->ended_tail));
-    else if (p->is_late)
-        program_say_loading(p, ex);
-    else if (p->queued >= (size_t)limits.queue)
+        p->status = status;
+        p->runner = NULL;
+        child_signal(&r->child, SIGKILL);       /* what it forked */
         cgroup_kill(p->children);
         r->kind->fail_all(r, FAILURE_CRASHED, buf_span(&text), output_tail(&r->output));
         program_ended(p, buf_span(&text), output_tail(&r->output));
@@ -8022,9 +8019,9 @@ static void program_watch_memory(struct program *p)
 
 static void program_init(struct program *p, struct loop *loop, struct children *children)
 {
-        p->status = status;
-        p->runner = NULL;
-        child_signal(&r->child, SIGKILL);       /* what it forked */
+    *p = (struct program){ .loop = loop, .children = children, .backoff_ms = limits.backoff_ms, .port = PORT_PROGRAM,
+                           .env = program_env_guest, .folder = PATH_STATE, .status = -1,
+                           .missing = "no program is configured yet",
                            .timer = { .fd = -1, .on_deadline = program_on_deadline } };
     p->last = &p->first;
 }
@@ -9045,9 +9042,7 @@ static int command_start(struct aleph *a, const char *text)
 
     if (!cmd)
         return -1;
-    *p = (struct program){ .loop = loop, .children = children, .backoff_ms = limits.backoff_ms, .port = PORT_PROGRAM,
-                           .env = program_env_guest, .folder = PATH_STATE, .status = -1,
-                           .missing = "no program is configured yet",
+    char **env = program_env(s->program);
     if (env && pipe2(ends, O_CLOEXEC) == 0 && fd_nonblock(ends[0]) == 0) {
         *cmd = (struct command){ .server = s, .aleph = a, .left = limits.command_out_bytes,
             .pipe = { .fd = ends[0], .on_event = command_on_event },
