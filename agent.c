@@ -9770,8 +9770,11 @@ static int http_on_headers_complete(llhttp_t *parser)
         http_take_upgrade(h);
     if (r->text.failed)
         return http_wrong(h, 503, "no memory for the head");
-    if (r->upgrade.n > 0 && (parser->flags & F_CHUNKED || parser->content_length > 0))
-        return http_wrong(h, 400, "an offer to change the protocol, with a body");
+    if (parser->flags & F_CHUNKED || parser->content_length > 0) {
+        if (span_eq_nocase(request_part(r, r->upgrade), "websocket"))
+            return http_wrong(h, 400, "a WebSocket request with a body");
+        r->upgrade.n = 0;                   /* clients that would like HTTP/2 offer it with any request */
+    }
     r->http_version = parser->http_minor == 1 ? "1.1" : "1.0";
     r->has_body = parser->flags & F_CHUNKED || parser->content_length > 0;
     h->is_head = parser->method == HTTP_HEAD;

@@ -56,8 +56,8 @@ class Response:
 class Client:
     def __init__(self, timeout=30):
         self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(SOCKET)           # waits while the queue is full, as it blocks still
         self.sock.settimeout(timeout)
-        self.sock.connect(SOCKET)
         self.data = b""
 
     def __enter__(self):
@@ -334,7 +334,9 @@ def group_parser():
         ("P5 CONNECT of a path", b"CONNECT / HTTP/1.1\r\n" + HOST + b"\r\n", (400, 405, 501)),
         ("P5 TRACE", b"TRACE / HTTP/1.1\r\n" + HOST + b"\r\n", (405, 501)),
     ])
-    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+    refuse([("26 a WebSocket request with a body",
+             post(b"Connection: Upgrade\r\nUpgrade: websocket\r\nContent-Length: 5\r\n", b"hello"), 400)])
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
     for name, fields, body in (
             ("with a length", b"Content-Length: 5\r\n", b"hello"),
             ("with chunks", b"Transfer-Encoding: chunked\r\n", CHUNKS)):

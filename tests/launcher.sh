@@ -186,7 +186,6 @@ run_failures() {
     slow_sources
     bad_lifespans
     bad_interpreters
-    fails '62 executable: named, as it is not served' 'executable' "$APPS/hello" main:app --interface executable
     # A folder that a failed configuration unpacked must not serve the next one's imports.
     fails '62 what a failed program left behind is gone' 'there is no module syntax' "$APPS/hello" syntax:app
     check '62 after all these, a good one starts' configure "$APPS/hello" main:app
