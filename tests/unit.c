@@ -675,6 +675,102 @@ static void test_conf_network(void)
         check(conf_address_ok(table[i].text, table[i].family, table[i].prefix) == table[i].ok, "\"%s\"", table[i].text);
 }
 
+/* A configuration with these volumes, checked. */
+static int conf_of_volumes(struct conf *c, const char *encoding, const char *const (*volumes)[2], size_t len, struct buf *why)
+{
+    *c = (struct conf){ .entrypoint = strdup("m:a"), .encoding_name = strdup(encoding), .code = SPAN("Z") };
+    c->volumes = calloc(len + 1, sizeof *c->volumes);
+    for (; c->volumes_len < len; c->volumes_len++)
+        c->volumes[c->volumes_len] = (struct conf_volume){ .device = strdup(volumes[c->volumes_len][0]),
+                                                           .mount = strdup(volumes[c->volumes_len][1]) };
+    return conf_check(c, why);
+}
+
+static void test_conf_volumes(void)
+{
+    static char long_path[VOLUME_MOUNT_MAX + 2];
+    memset(long_path, 'a', VOLUME_MOUNT_MAX + 1);
+    long_path[0] = '/';
+    const struct { const char *device, *mount, *wrong, *shortest; } table[] = {
+        { "vdb", "/data", NULL, "/data" }, { "vdb", "//data/./x///", NULL, "/data/x" }, { "0", "/...", NULL, "/..." },
+        { "vdb", "/usr/lib/x", NULL, "/usr/lib/x" }, { "vdb", "/runs", NULL, "/runs" }, { "vdb", "/opt", NULL, "/opt" },
+        { "vdb", "/devices/x", NULL, "/devices/x" }, { "vdb", "/etc/x", NULL, "/etc/x" }, { "vdb", "/.x/y.", NULL, "/.x/y." },
+        { "../sda", "/data", "is no device name", NULL }, { "Vdb", "/data", "is no device name", NULL },
+        { "vd b", "/data", "is no device name", NULL }, { "", "/data", "is no device name", NULL },
+        { "vdb/", "/data", "is no device name", NULL }, { "/dev/vdb", "/data", "is no device name", NULL },
+        { "0123456789abcdef0123456789abcdef", "/data", "is no device name", NULL },
+        { "vdb", "data", "no absolute path", NULL }, { "vdb", "", "no absolute path", NULL },
+        { "vdb", "/data/..", "no absolute path", NULL }, { "vdb", "/../x", "no absolute path", NULL },
+        { "vdb", "/", "place of the system", NULL }, { "vdb", "///./", "place of the system", NULL },
+        { "vdb", "/proc", "place of the system", NULL }, { "vdb", "/proc/1", "place of the system", NULL },
+        { "vdb", "//sbin/", "place of the system", NULL }, { "vdb", "/usr/./bin", "place of the system", NULL },
+        { "vdb", "/run/agent/x", "place of the system", NULL }, { "vdb", PATH_OLD_ROOT "/x", "place of the system", NULL },
+        { "vdb", long_path, "mount has 1024 bytes, at most 1023", NULL },
+    };
+
+    EACH(i, table) {
+        struct conf c;
+        struct buf why = { 0 };
+        int rc = conf_of_volumes(&c, "zip", &(const char *const [2]){ table[i].device, table[i].mount }, 1, &why);
+        check(table[i].wrong ? rc < 0 && strstr(buf_text(&why), table[i].wrong)
+                             : rc == 0 && strcmp(c.volumes[0].mount, table[i].shortest) == 0,
+              "%s on %s: %s", table[i].device, table[i].mount, buf_text(&why));
+        conf_fini(&c);
+        buf_fini(&why);
+    }
+    static const char *const nested[][2] = { { "vdd", "/a/b/c" }, { "vde", "/z" }, { "vdc", "/a/b" }, { "vdf", "/a" } };
+    struct conf c;
+    struct buf why = { 0 };
+    check(conf_of_volumes(&c, "squashfs", nested, COUNT(nested), &why) == 0 && c.volumes_len == 5, "%s", buf_text(&why));
+    for (size_t i = 0; i + 1 < c.volumes_len; i++)
+        check(path_depth(c.volumes[i].mount) <= path_depth(c.volumes[i + 1].mount), "the outer comes first");
+    check(strcmp(c.volumes[3].mount, PATH_CODE) == 0 && strcmp(c.volumes[3].device, CODE_DEVICE) == 0
+          && c.volumes[3].read_only, "code on a disk is a volume");
+    check(strcmp(conf_code_folder(&c), PATH_CODE) == 0, "and there is the program");
+    conf_fini(&c);
+    static const struct { const char *encoding, *volumes[2][2], *wrong; } both[] = {
+        { "zip", { { "vdc", "/a" }, { "vdc", "/b" } }, "vdc stands twice" },
+        { "zip", { { "vdc", "/a" }, { "vdd", "/./a/" } }, "vdc and vdd are both for /a" },
+        { "squashfs", { { "vdc", "/a" }, { CODE_DEVICE, "/b" } }, "is the code's" },
+        { "squashfs", { { "vdc", "/a" }, { "vdd", PATH_CODE } }, "are both for" },
+    };
+    EACH(i, both) {
+        check(conf_of_volumes(&c, both[i].encoding, both[i].volumes, 2, &why) < 0 && strstr(buf_text(&why), both[i].wrong),
+              "%s: %s", both[i].wrong, buf_text(&why));
+        conf_fini(&c);
+        buf_fini(&why);
+    }
+}
+
+static void test_volumes(void)
+{
+    static char disk[VOL_HEAD_BYTES];
+
+    EACH(i, vol_types) {
+        const struct vol_type *t = &vol_types[i];
+        memset(disk, 0, sizeof disk);
+        memcpy(disk + t->at, t->magic.p, t->magic.n);
+        check(vol_probe((struct span){ disk, sizeof disk }) == t, "%s is found", t->name);
+        check(vol_probe((struct span){ disk, t->at + t->magic.n }) == t, "%s at the end of a disk", t->name);
+        check(!vol_probe((struct span){ disk, t->at + t->magic.n - 1 }), "%s is cut short", t->name);
+    }
+    check(!vol_probe(SPAN("")), "nothing");
+    static const struct { const char *from, *to; } paths[] = {
+        { "/a", "/a" }, { "/a\\040b", "/a b" }, { "/\\134", "/\\" }, { "/a\\012\\011", "/a\n\t" }, { "/\\04", "/\\04" }, { "\\", "\\" },
+    };
+    EACH(i, paths) {
+        char path[32];
+        snprintf(path, sizeof path, "%s", paths[i].from);
+        vol_unescape(path);
+        check(strcmp(path, paths[i].to) == 0, "\"%s\" became \"%s\"", paths[i].from, path);
+    }
+    static const struct conf_volume list[] = { { .device = (char *)(uintptr_t)"vdb" } };
+    check(vol_is_meant(list, 1, "/dev/vdb", "/data") && !vol_is_meant(list, 1, "/dev/vdc", "/data"), "these volumes");
+    check(vol_is_meant(NULL, 0, "tmpfs", "/data") && vol_is_meant(NULL, 0, "/dev/vdz", "/usr/lib/x"), "whatever is mounted");
+    check(!vol_is_meant(NULL, 0, "overlay", "/") && !vol_is_meant(list, 1, "/dev/vdb", PATH_OLD_ROOT)
+          && !vol_is_meant(NULL, 0, "tmpfs", "/run"), "but what the system stands on");
+}
+
 static void test_conf_copy(void)
 {
     struct conf c, copy;
@@ -1958,7 +2054,7 @@ static void test_node_find(void)
 static const struct { const char *name; void (*run)(void); } tests[] = {
     TEST(buf), TEST(span), TEST(log), TEST(log_slow_console), TEST(utf8), TEST(percent), TEST(base32), TEST(number),
     TEST(limits), TEST(mp_heads), TEST(mp_scan), TEST(mp_write), TEST(mp_read), TEST(conf), TEST(conf_network),
-    TEST(conf_copy), TEST(loop_deadlines), TEST(loop_timeout), TEST(loop_soon), TEST(loop_bury), TEST(modules), TEST(hosts),
+    TEST(conf_volumes), TEST(volumes), TEST(conf_copy), TEST(loop_deadlines), TEST(loop_timeout), TEST(loop_soon), TEST(loop_bury), TEST(modules), TEST(hosts),
     TEST(zip), TEST(describe), TEST(output_lines), TEST(output_flood), TEST(address), TEST(interest), TEST(http_heads),
     TEST(http_request), TEST(http_phrases), TEST(response_head), TEST(field_next), TEST(aleph_request), TEST(aleph_text),
     TEST(aleph_deadlines), TEST(forward), TEST(read_faults), TEST(conn_faults), TEST(output_faults), TEST(accept_full),
