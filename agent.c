@@ -3973,6 +3973,7 @@ static int zip_pack(const char *folder, struct buf *out, struct buf *why)
  * All this runs in a child process: a disk may be slow, or never answer. */
 #define VOL_HEAD_BYTES  (68 << 10)      /* the farthest superblock, that of btrfs, is at 64 KiB */
 #define VOL_POLL_US     10000
+#define VOL_FORCE_US    100000          /* the kernel makes read-only in its own time */
 #define VOL_RELEASE_MS  2000            /* for the last that hold a volume, when it is taken back */
 
 static const struct vol_type {
@@ -4250,7 +4251,7 @@ static int vol_umount(const struct conf_volume *list, size_t len, int64_t end_ms
     for (size_t i = n; i-- > 0;) {
         while (vol_is_held(lines[i]) && now_ms() < end_ms)
             usleep(VOL_POLL_US);
-        if (vol_is_held(lines[i]))
+        if (vol_is_held(lines[i]) && !strstr(buf_text(why), lines[i]))
             rc = conf_wrong(why, "%s is still held. ", lines[i]);
     }
     buf_fini(&text);
@@ -4292,6 +4293,7 @@ static void vol_umount_all(int64_t end_ms)
     if (vol_umount(NULL, 0, end_ms, &why) < 0) {
         log_info("halt: volumes: %s", buf_text(&why));
         file_set("/proc/sysrq-trigger", "u");
+        usleep(VOL_FORCE_US);
     }
     buf_fini(&why);
 }
@@ -7976,6 +7978,8 @@ static void program_on_deadline(struct watch *t)
         log_info("%s: did not end within %" PRId64 " ms: killed", p->runner->name, limits.grace_ms);
         runner_kill(p->runner);
         cgroup_kill(p->children);
+        if (boot_is_machine)
+            p->on_stopped(p);       /* dying can take a second: the disks need it, too */
         break;
     case PROGRAM_SERVING:
         log_info("%s: does not listen on port %u within %" PRId64 " ms", p->conf.entrypoint, p->port, limits.loading_ms);
@@ -11316,7 +11320,7 @@ struct agent {
     struct watch        ready_timer;
     struct watch        late_timer;         /* the rest of boot, if the host does not answer at once */
     bool                ready_said, booted;
-    struct job          sync;
+    struct job          flush, sync;
     struct watch        halt_timer;
     int64_t             halt_end_ms;
     bool                halt_off;           /* power off, where that is possible, or else reboot */
@@ -11448,18 +11452,33 @@ static void halt_root(int64_t end_ms)
         usleep(VOL_POLL_US);
 }
 
-/* Nothing but PID 1 and this child has a file open after kill(2). */
+/* While the program ends: what is written already need not be waited for afterwards. */
+static int halt_flush(void *arg, struct buf *why)
+{
+    (void)arg;
+    (void)why;
+    sync();
+    return 0;
+}
+
+static void halt_on_flushed(struct job *j, bool ok, struct span report)
+{
+    (void)j;
+    if (!ok)
+        log_debug("halt: flush: %.*s", (int)report.n, report.p);
+}
+
+/* Nothing but PID 1 and this child keeps a file open after kill(2). */
 static int halt_sync(void *arg, struct buf *why)
 {
     const struct agent *a = arg;
 
     (void)why;
-    if (!boot_is_machine) {
-        sync();
-        return 0;
-    }
-    kill(-1, SIGKILL);
+    if (boot_is_machine)
+        kill(-1, SIGKILL);
     sync();
+    if (!boot_is_machine)
+        return 0;
     vol_umount_all(a->halt_end_ms - HALT_MARGIN_MS);
     halt_root(a->halt_end_ms - HALT_MARGIN_MS);         /* an overlay refuses; it is only memory */
     return 0;
@@ -11536,6 +11555,9 @@ static void agent_halt(struct agent *a, const char *reason, bool off)
     a->halt_state = HALT_PROGRAM;
     a->halt_end_ms = now_ms() + limits.halt_ms;
     loop_after(&a->loop, &a->halt_timer, limits.halt_ms);
+    a->flush = (struct job){ .run = halt_flush, .on_done = halt_on_flushed };
+    if (boot_is_machine && job_start(&a->flush, &a->loop, &a->children, "flush", limits.halt_ms) < 0)
+        log_errno("halt: flush");
     program_stop(&a->program);
 }
 
