@@ -74,6 +74,18 @@ stuck() {
     ends_clean '73 stuck app'
 }
 
+# A swap file keeps its file system open although nothing runs any more: after halt_ms it is
+# made read-only by force.
+held() {
+    boot_with_disk
+    check '73 held by the kernel: configured' configure "$APPS/files" main:app --volume vdb:/data:rw
+    check_eq '73 held by the kernel: swaps' /data/swap \
+        "$(shell 'head -c 4000000 /dev/zero >/data/swap; chmod 600 /data/swap; mkswap -q /data/swap; python3 -c "import ctypes; ctypes.CDLL(None).swapon(b\"/data/swap\", 0)"; tail -n 1 /proc/swaps' | cut -d ' ' -f 1)"
+    peer '73 held by the kernel'
+    assert_console_has '73 held by the kernel: is said' '/dev/vdb is still held'
+    ends_clean '73 held by the kernel'
+}
+
 # The volume is mounted, the program loads; or the next volume's device is waited for.
 mid_config() {
     local name=$1 pid
@@ -103,6 +115,7 @@ lane() {
         mid_config '73 mid-config, the program loads'
     else
         stuck
+        held
         mid_config '73 mid-config, volumes' --volume vdz:/srv
     fi
 }

@@ -134,7 +134,7 @@ xfs_is_clean() {
 # ---- 59 and 60, T6: what is refused --------------------------------------------------------
 
 make_disks
-disks plain ext4 ext2 corrupt_squashfs corrupt_ext4 zero swap hostile dirty,readonly=on packages
+disks plain ext4 ext2 corrupt_squashfs corrupt_ext4 zero swap hostile dirty,readonly=on packages xfs
 boot agent.limit.device_ms=300 -- "${DRIVES[@]}"
 GOOD=(shell 'cat /proc/mounts')
 baseline
@@ -163,6 +163,8 @@ wrong '60: a corrupt squashfs' 'volume vde on /data: squashfs cannot be mounted:
 wrong '60: a corrupt ext4' 'volume vdf on /data: ext4 cannot be mounted: damaged' $(volume corrupt_ext4 /data:rw)
 wrong '60: squashfs to be written' 'volume vdk on /data: squashfs is on it, which cannot be written' $(volume packages /data:rw)
 wrong '60: a wrong type' 'volume vdh on /data: swap is on it, which cannot be mounted' $(volume swap /data)
+shell 'rm -r /lib/modules/*/kernel/fs/xfs'
+wrong '60: a type that this kernel lacks' 'volume vdl on /data: xfs cannot be mounted: this kernel has no such' $(volume xfs /data)
 wrong '60: zeros' 'volume vdg on /data: no file system' $(volume zero /data:rw)
 wrong '60: a read-only device asked rw' 'volume vdj on /data: /dev/vdj is read-only' $(volume dirty /data:rw)
 wrong '60: a dirty journal on a read-only device' 'vdj on /data: ext4 cannot be mounted: it was not unmounted cleanly' \

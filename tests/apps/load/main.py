@@ -23,7 +23,7 @@ def child(i):
     with open("child-%d" % i, "wb", buffering=0) as file:
         while True:
             file.write(b"x" * 100)
-            time.sleep(0.5)
+            time.sleep(2)
 
 
 def fork():
