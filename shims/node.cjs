@@ -103,7 +103,7 @@ process.on('exit', (code) => {
     if (lastError)
         tellFailed(describe(lastError.error), format(lastError.error));
     else if (importing && (code === 0 || code === AWAITS))
-        tellFailed(`${name}: a top-level await never ends`);
+        tellFailed(`${name} ended while it loaded: a top-level await never ends, or process.exit() came first`);
     else if (code !== 0)
         tellFailed(`${name} exited with code ${code} before it listened`);
     else
@@ -164,7 +164,7 @@ function land(server, rank, args, callback) {
         listen.call(server, before.server, ...callback);    // shares the handle, and owns it now
         before.server._handle = null;
         if (before.args)
-            listen.apply(before.server, before.args);
+            listen.apply(before.server, before.args.filter((value) => typeof value !== 'function'));  // called before
     }
     // The agent keeps connections open; which end closes an idle one must not be a race.
     if (server instanceof http.Server)
@@ -262,10 +262,14 @@ function requestOf(req, res) {
     res.once('close', () => res.writableFinished || abort.abort());
     const hasBody = method !== 'GET' && method !== 'HEAD'
         && (headers['transfer-encoding'] !== undefined || Number(headers['content-length']) > 0);
-    return new Request(`${scheme}://${headers.host || `${host}:${port}`}${req.url}`, {
+    const target = req.url.startsWith('/') ? req.url : '/' + req.url;       // OPTIONS *
+    const request = new Request(`${scheme}://${headers.host || `${host}:${port}`}${target}`, {
         method, headers: fields, signal: abort.signal,
         body: hasBody ? stream.Readable.toWeb(req) : null, duplex: 'half',
     });
+    // A body that nobody reads would block the connection.
+    res.once('finish', () => request.bodyUsed || req.removeAllListeners('data').resume());
+    return request;
 }
 
 async function respond(res, response) {
