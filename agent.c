@@ -7314,8 +7314,9 @@ static bool program_find(const char *path, const char *name, char *out, size_t s
 }
 
 /* The Node for the program in the folder: the highest of nvm's that meets its pin, or where
- * nvm has none at all, the one in PATH_PATH. nvm_dir may be NULL. False: why says it. */
-static bool node_find(const char *folder, const char *nvm_dir, char *out, size_t size, struct buf *why)
+ * nvm has none at all, the one in the PATH. nvm_dir may be NULL. False: why says it. */
+static bool node_find(const char *folder, const char *nvm_dir, const char *path, char *out, size_t size,
+                      struct buf *why)
 {
     struct node_pin pin = { 0 };
     struct buf there = { 0 };
@@ -7326,9 +7327,9 @@ static bool node_find(const char *folder, const char *nvm_dir, char *out, size_t
         nvm_dir = access(PATH_NVM_HOME, X_OK) == 0 ? PATH_NVM_HOME : PATH_NVM_OPT;
     bool found = !pin.in_path && node_best(nvm_dir, pin.range, out, size, &there);
     if (!found && there.len > 0) {
-        buf_add_format(why, "%s asks for Node %s, %s has %s", pin.from, pin.text, nvm_dir, buf_text(&there));
-    } else if (!found && !(found = program_find(PATH_PATH, "node", out, size))) {
-        buf_add_format(why, "there is no node in " PATH_PATH " and none in %s", nvm_dir);
+        buf_add_format(why, "%s asks for Node %s, %.200s has %s", pin.from, pin.text, nvm_dir, buf_text(&there));
+    } else if (!found && !(found = program_find(path, "node", out, size))) {
+        buf_add_format(why, "there is no node in %.400s and none in %.400s", path, nvm_dir);
     } else if (pin.from && !pin.in_path && there.len == 0) {
         log_info("%s asks for Node %s: %s is all there is", pin.from, pin.text, out);
     }
@@ -7593,7 +7594,7 @@ static struct runner *program_spawn_upstream(struct program *p, const struct run
         return NULL;
     conf_entry_path(c, path, sizeof path);
     if (c->launch == LAUNCH_NODE) {
-        if (!node_find(conf_code_folder(c), env_get(env, "NVM_DIR"), interpreter, sizeof interpreter, why))
+        if (!node_find(conf_code_folder(c), env_get(env, "NVM_DIR"), program_path(p), interpreter, sizeof interpreter, why))
             rc = -1;
         else
             rc = program_write_shim(p, NODE_SHIM, shim_node, shim_node_end, shim, sizeof shim, why);

@@ -2009,7 +2009,7 @@ static void test_node_find(void)
             if (text)
                 node_test_file(code, names[k], text, 0644);
         }
-        check_number("found", table[i].found != NULL, node_find(code, nvm, out, sizeof out, &why));
+        check_number("found", table[i].found != NULL, node_find(code, nvm, PATH_PATH, out, sizeof out, &why));
         if (table[i].found) {
             snprintf(path, sizeof path, "%s/versions/node/%s/bin/node", nvm, table[i].found);
             check_text("the Node", path, out);
@@ -2021,16 +2021,22 @@ static void test_node_find(void)
     }
     /* An unmet pin names what there is. */
     node_test_file(code, ".nvmrc", "4.5", 0644);
-    check(!node_find(code, nvm, out, sizeof out, &why), "4.5 is not there");
+    check(!node_find(code, nvm, PATH_PATH, out, sizeof out, &why), "4.5 is not there");
     check(strstr(buf_text(&why), "v14.21.3") && strstr(buf_text(&why), "v22.1.0") && strstr(buf_text(&why), nvm),
           "it says what there is: %s", buf_text(&why));
     buf_fini(&why);
     /* Without nvm it is the one in PATH, whatever the pin, and so it is for "system". */
-    bool in_path = program_find(PATH_PATH, "node", path, sizeof path);
-    check(node_find(code, none, out, sizeof out, &why) == in_path && (in_path ? strcmp(out, path) == 0 : why.len > 0), "PATH without nvm");
+    char bin[64], in_path[80];
+    snprintf(bin, sizeof bin, "%s/bin", folder);
+    snprintf(in_path, sizeof in_path, "%s/node", bin);
+    check(!node_find(code, none, bin, out, sizeof out, &why) && strstr(buf_text(&why), bin) && strstr(buf_text(&why), none),
+          "no Node at all: %s", buf_text(&why));
+    buf_fini(&why);
+    node_test_file(bin, "node", "", 0755);
+    check(node_find(code, none, bin, out, sizeof out, &why) && strcmp(out, in_path) == 0, "PATH without nvm");
     node_test_file(code, ".nvmrc", "system", 0644);
     buf_fini(&why);
-    check(node_find(code, nvm, out, sizeof out, &why) == in_path && (!in_path || strcmp(out, path) == 0), "system");
+    check(node_find(code, nvm, bin, out, sizeof out, &why) && strcmp(out, in_path) == 0, "system");
     buf_fini(&why);
     /* What a program may have put there: a FIFO, a device, a folder, far too much. */
     snprintf(path, sizeof path, "%s/.nvmrc", code);
@@ -2038,7 +2044,7 @@ static void test_node_find(void)
         remove(path);
         check(kind == 0 ? mkfifo(path, 0644) == 0 : kind == 1 ? symlink("/dev/zero", path) == 0
             : kind == 2 ? mkdir(path, 0755) == 0 : (node_test_file(code, ".nvmrc", "18", 0644), truncate(path, NODE_FILE_MAX + 1)) == 0, "kind %d", kind);
-        check(!node_find(code, nvm, out, sizeof out, &why) && strncmp(buf_text(&why), ".nvmrc: ", 8) == 0, "kind %d: %s", kind, buf_text(&why));
+        check(!node_find(code, nvm, PATH_PATH, out, sizeof out, &why) && strncmp(buf_text(&why), ".nvmrc: ", 8) == 0, "kind %d: %s", kind, buf_text(&why));
         buf_fini(&why);
     }
     snprintf(path, sizeof path, "rm -r %s", folder);
