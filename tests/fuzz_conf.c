@@ -1,5 +1,6 @@
 /* fuzz_conf.c - the supervisor's configuration: length, map, keys. Fed in pieces and whole, the
- * outcome is the same; what is accepted keeps what conf promises, what is not says why.
+ * outcome is the same; what is accepted keeps what conf promises, what is not says why. The
+ * same of a file's JSON, which begins with a brace where the other has the size of the pieces.
  *
  * What follows an accepted configuration (hostname, network, files) is not run here. */
 #define main agent_main
@@ -7,8 +8,30 @@
 #undef main
 #include "fuzz.h"
 
+static void seed_json(unsigned which, struct buf *out)
+{
+    static const char *const fields[] = {
+        "\"code\": \"/srv\"", "\"variables\": {\"A\": \"1\", \"B\": \"\\u00e9\"}", "\"hostname\": \"h-1.x\"",
+        "\"ip\": \"10.0.0.2/24\", \"route\": \"10.0.0.1\"", "\"dns_servers\": [\"9.9.9.9\", \"::1\"]",
+        "\"volumes\": [{\"mount\": \"/v\", \"device\": \"vdb\", \"read_only\": false}]",
+        "\"listen\": [\"vsock:80\", \"tcp:127.0.0.1:1\", \"unix:/s\", \"fd:3\"], \"wire\": \"unix:/w\"",
+        "\"log\": \"debug\", \"limits\": {\"conns\": 20, \"http_body_bytes\": 9223372036854775807}",
+        "\"authorized_keys\": [\"ssh-ed25519 AAAA\"]", "\"ipv6\": null",
+    };
+
+    buf_add_text(out, "{\n \"entrypoint\": \"main:app\"");
+    for (size_t i = 0; i < COUNT(fields); i++)
+        if (which >> i & 1)
+            buf_add_format(out, ",\n %s", fields[i]);
+    buf_add_text(out, "\n}");
+}
+
 static void fuzz_seed(unsigned which, struct buf *out)
 {
+    if (which & 4) {
+        seed_json(which >> 3, out);
+        return;
+    }
     static const char *const texts[][2] = {
         { "interface", "asgi" }, { "vm_hash", "cafecafe" }, { "encoding", "plain" }, { "entrypoint", "main:app" },
         { "ip", "10.0.0.2/24" }, { "route", "10.0.0.1" }, { "ipv6", "fe80::2/64" }, { "ipv6_gateway", "fe80::1" },
@@ -80,8 +103,9 @@ static void check_conf(struct conf *c)
     struct conf copy;
     struct buf marshalled = { 0 };
 
-    demand(c->entrypoint && c->encoding != ENCODING_NONE && c->code.p, "accepted without what a program needs");
-    demand(strlen(c->hostname) <= HOSTNAME_MAX && !strpbrk(c->hostname, "./ \n"), "a hostname that is none");
+    demand(c->entrypoint && (c->source == CONF_FILE || (c->encoding != ENCODING_NONE && c->code.p)),
+           "accepted without what a program needs");
+    demand(strlen(c->hostname) <= HOSTNAME_MAX && !strpbrk(c->hostname, "/ \n"), "a hostname that is none");
     demand(c->code.n <= c->raw.len, "code that is longer than the message");
     for (size_t i = 0; i < c->variables_len; i++)
         demand(c->variables[i].name[0] && !strchr(c->variables[i].name, '=') && c->variables[i].value, "a variable");
@@ -140,9 +164,38 @@ static void outcome(struct span frame, size_t piece, struct buf *told)
     free(l.heap);
 }
 
+/* Nothing of a file counts before it is right as a whole. */
+static void file_outcome(struct span text)
+{
+    struct limits before = limits;
+    struct conf c = { 0 };
+    struct buf why = { 0 };
+    int rc = conf_read_json(&c, text, &why);
+
+    if (rc == 0)
+        rc = conf_check(&c, &why);
+    demand(rc == 0 || why.len > 0, "refused without a reason");
+    demand(memcmp(&before, &limits, sizeof limits) == 0, "a limit was set by reading");
+    if (rc == 0 && c.entrypoint)
+        check_conf(&c);
+    else if (rc == 0)
+        demand(!c.variables && !c.volumes && !c.ip && !c.folder, "a program that is none");
+    for (size_t i = 0; rc == 0 && i < c.settings.limits_len; i++)
+        demand(!limit_set(&before, c.settings.limits[i]), "a limit that cannot be set");
+    for (size_t i = 0; rc == 0 && i < c.settings.listen_len; i++)
+        demand(address_can_listen(c.settings.listen[i]), "an address that is none");
+    conf_fini(&c);
+    buf_fini(&why);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct fuzz f = { data, size };
+
+    if (size > 0 && data[0] == '{') {
+        file_outcome(fuzz_piece(&f, size));
+        return 0;
+    }
     size_t piece = 1 + fuzz_byte(&f);
     struct span frame = fuzz_piece(&f, f.n);
     struct buf whole = { 0 }, pieces = { 0 };

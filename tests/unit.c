@@ -657,6 +657,63 @@ static void test_conf(void)
     buf_fini(&why);
 }
 
+static int conf_of_json(struct conf *c, const char *text, struct buf *why)
+{
+    *c = (struct conf){ 0 };
+    return conf_read_json(c, span_of(text), why) < 0 ? -1 : conf_check(c, why);
+}
+
+/* What is wrong in a file is tests/config.sh's; here is what may stand there, and where. */
+static void test_conf_json(void)
+{
+    static const struct { const char *text, *wrong; } table[] = {
+        { "{}", NULL }, { " {\n}\n", NULL }, { "{\"log\":\"info\"}", NULL }, { "{\"limits\":{}}", NULL },
+        { "{\"entrypoint\":\"m:a\"}", NULL }, { "{\"entrypoint\":null}", "entrypoint: missing" },
+        { "{\"entrypoint\":\"m:a\",\"variables\":{}}", NULL }, { "{\"variables\":{}}", "entrypoint: missing" },
+        { "{\"limits\":{\"conns\":16,\"queue\":1}}", NULL }, { "{\"limits\":{\"conns\":16,\"\":1}}", "limits.: no limit" },
+        { "{\"limits\":{\"http_body_bytes\":9223372036854775807}}", NULL },
+        { "{\"limits\":{\"http_body_bytes\":9223372036854775808}}", "limits.http_body_bytes: limit" },
+        { "{\"listen\":[]}", NULL }, { "{\"listen\":[\"vsock:80\",\"tcp:[::]:80\",\"unix:/a\",\"fd:3\"]}", NULL },
+        { "{\"listen\":[\"hybrid:/a:80\"]}", "listen[0]: " }, { "{\"wire\":\"vsock:52\"}", NULL }, { "{\"wire\":\"\"}", "wire: " },
+        { "{\"entrypoint\":\"m:a\",\"hostname\":\"a-1.b\"}", NULL }, { "{\"entrypoint\":\"m:a\",\"hostname\":\"a.-b\"}", "hostname: " },
+        { "{\"entrypoint\":\"m:a\",\"volumes\":[{\"mount\":\"/v\",\"device\":\"vdb\",\"read_only\":false}]}", NULL },
+        { "{\"a\":{\"b\":[0,{\"c\":1,\"c\":2}]}}", "a.b[1].c: stands twice" }, { "{\"a\":[[[[[[]]]]]]}", "a: no such field" },
+        { "[]", "expected a map" }, { "", "line 1: " }, { "{\n\n\"a\" 1}", "line 3: " }, { "\xef\xbb\xbf{}", "line 1: " },
+    };
+
+    EACH(i, table) {
+        struct conf c;
+        struct buf why = { 0 };
+        int rc = conf_of_json(&c, table[i].text, &why);
+        check(table[i].wrong ? rc < 0 && strncmp(buf_text(&why), table[i].wrong, strlen(table[i].wrong)) == 0 : rc == 0,
+              "row %zu: expected %s, got %d %s", i, table[i].wrong ? table[i].wrong : "success", rc, buf_text(&why));
+        conf_fini(&c);
+        buf_fini(&why);
+    }
+    struct conf c;
+    struct buf why = { 0 };
+    struct limits saved = limits;
+    check(conf_of_json(&c, "{\"entrypoint\":\"m:a\",\"code\":\"/srv\",\"hostname\":\"h\",\"variables\":{\"A\":\"\\u00e9\"},"
+                       "\"listen\":[\"vsock:81\"],\"log\":\"debug\",\"limits\":{\"conns\":99}}", &why) == 0, "%s", buf_text(&why));
+    check_text("the folder", "/srv", conf_code_folder(&c));
+    check_text("the hostname", "h", c.hostname);
+    check_text("a variable", "\xc3\xa9", c.variables[0].value);
+    check_text("an address", "vsock:81", c.settings.listen[0]);
+    check(strcmp(conf_first(&c, CONF_MACHINE, true), "hostname") == 0, "what is for a machine");
+    check_number("reading sets no limit", saved.conns, limits.conns);
+    settings_apply(&c.settings);
+    check_number("but settings_apply", 99, limits.conns);
+    check_number("and the level", LOG_DEBUG, agent_log.level);
+    agent_log.level = LOG_INFO;
+    limits = saved;
+    conf_fini(&c);
+    limits.mp_depth = 4;
+    check(conf_of_json(&c, "{\"a\":[[[[]]]]}", &why) < 0 && strstr(buf_text(&why), "a[0][0][0]: nested too deep"), "%s", buf_text(&why));
+    limits = saved;
+    conf_fini(&c);
+    buf_fini(&why);
+}
+
 static void test_conf_network(void)
 {
     static const struct { const char *text; int family; bool prefix, ok; } table[] = {
@@ -2059,7 +2116,7 @@ static void test_node_find(void)
 
 static const struct { const char *name; void (*run)(void); } tests[] = {
     TEST(buf), TEST(span), TEST(log), TEST(log_slow_console), TEST(utf8), TEST(percent), TEST(base32), TEST(number),
-    TEST(limits), TEST(mp_heads), TEST(mp_scan), TEST(mp_write), TEST(mp_read), TEST(conf), TEST(conf_network),
+    TEST(limits), TEST(mp_heads), TEST(mp_scan), TEST(mp_write), TEST(mp_read), TEST(conf), TEST(conf_json), TEST(conf_network),
     TEST(conf_volumes), TEST(volumes), TEST(conf_copy), TEST(loop_deadlines), TEST(loop_timeout), TEST(loop_soon), TEST(loop_bury), TEST(modules), TEST(hosts),
     TEST(zip), TEST(describe), TEST(output_lines), TEST(output_flood), TEST(address), TEST(interest), TEST(http_heads),
     TEST(http_request), TEST(http_phrases), TEST(response_head), TEST(field_next), TEST(aleph_request), TEST(aleph_text),
