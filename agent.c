@@ -11987,6 +11987,8 @@ static void agent_choose_addresses(struct agent *a, const char *wire, const char
     for (size_t i = 0; i < a->http_len; i++) {
         struct http_server *h = &a->http[i];
         address_parse(&h->listener.address, from->listen_len ? from->listen[i] : http);
+        if (h->listener.address.kind == ADDRESS_VSOCK && agent_is_sandboxed(a))
+            log_info("listen on %s: not in a sandbox", h->listener.address.text);
         h->listener.watch.fd = -1;
         h->loop = &a->loop;
         h->conns = &a->conns;
