@@ -2989,6 +2989,23 @@ static void net_undo(const struct conf *c)
     etc_restore(RESOLVER_PATH);
 }
 
+/* Whether a virtio network card waits for its driver, which takes a while to load (virtio-v1.2,
+ * 5: network is device 1). */
+static bool net_has_card(void)
+{
+    DIR *d = opendir("/sys/bus/virtio/devices");
+    bool has = false;
+
+    for (struct dirent *e; !has && d && (e = readdir(d));) {
+        char path[PATH_MAX];
+        snprintf(path, sizeof path, "/sys/bus/virtio/devices/%s/device", e->d_name);
+        has = kernel_number(path, "0x") == 1;
+    }
+    if (d)
+        closedir(d);
+    return has;
+}
+
 /* Addresses and routes. 0, or -1, errno and the field that was being applied. */
 static int net_interface(const struct conf *c, const char **field)
 {
@@ -2997,7 +3014,7 @@ static int net_interface(const struct conf *c, const char **field)
     unsigned index = net_find(name);
     int rc = -1, fd;
 
-    if (index == 0) {
+    if (index == 0 && net_has_card()) {
         boot_modules(modules);
         index = net_find(name);
     }
