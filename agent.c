@@ -19,7 +19,7 @@
  *
  * Sections, each using only those above it (grep '^/\* ====' agent.c):
  *   log sys buf loop text mp conf boot net zip vol child conn exchange runner worker upstream
- *   node program job setup aleph http pump bridge call forward init run main
+ *   node program job data setup aleph http pump bridge call forward init run main
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -3843,6 +3843,10 @@ static void zip_remove(struct span archive, const char *folder)
 /* ---- Packing: the host's side ---- */
 struct zip_pack {
     zipFile     file;
+    size_t      most;               /* bytes of the archive */
+    bool        whole;              /* as it stands: what cannot be packed is left out, nothing else is;
+                                       else __pycache__ and .git are left out, and the rest must be fit */
+    dev_t       device;             /* of the folder; where another one is mounted is left out of a whole */
     struct buf *why;
     char        path[PATH_MAX];     /* of what is packed now; its name starts at `root` */
     size_t      root;
@@ -3850,6 +3854,20 @@ struct zip_pack {
 
 #define zip_pack_wrong(p, ...) (buf_add_format((p)->why, "%s: ", (p)->path), \
                                 buf_add_format((p)->why, __VA_ARGS__), -1)
+
+static int zip_pack_full(struct zip_pack *p)
+{
+    return zip_pack_wrong(p, "the archive is larger than %zu bytes, or memory is full", p->most);
+}
+
+/* What is unfit for an archive fails it, or is left out of a whole. */
+static int zip_pack_unfit(struct zip_pack *p, const char *fault)
+{
+    if (!p->whole)
+        return zip_pack_wrong(p, "%s", fault);
+    log_debug("%s: not packed: %s", p->path, fault);
+    return 0;
+}
 
 /* Opens an entry of the name at p->path. All times are the same, so that the same folder
  * gives the same bytes. */
@@ -3860,23 +3878,18 @@ static int zip_pack_start(struct zip_pack *p, mode_t mode)
         .dosDate = ZIP_DOS_1980,
         .external_fa = (uLong)mode << 16 | (S_ISDIR(mode) ? 0x10 : 0),     /* DOS: a folder */
     };
-    const char *fault = zip_name_fault(name);
 
-    if (fault)
-        return zip_pack_wrong(p, "cannot be packed: its name %s", fault);
     if (zipOpenNewFileInZip4_64(p->file, name.p, &info, NULL, 0, NULL, 0, NULL,
             S_ISREG(mode) ? Z_DEFLATED : 0, Z_DEFAULT_COMPRESSION, 0, -MAX_WBITS, DEF_MEM_LEVEL,
             Z_DEFAULT_STRATEGY, NULL, 0, 3 << 8 | 20 /* made on Unix */, 0x0800 /* UTF-8 */, 0))
-        return zip_pack_wrong(p, "the archive is larger than %" PRId64 " bytes, or memory is full",
-                              limits.conf_bytes);
+        return zip_pack_full(p);
     return 0;
 }
 
 static int zip_pack_bytes(struct zip_pack *p, const char *data, size_t n)
 {
     if (zipWriteInFileInZip(p->file, data, (unsigned)n) != ZIP_OK)
-        return zip_pack_wrong(p, "the archive is larger than %" PRId64 " bytes, or memory is full",
-                              limits.conf_bytes);
+        return zip_pack_full(p);
     return 0;
 }
 
@@ -3884,12 +3897,15 @@ static int zip_pack_file(struct zip_pack *p, mode_t mode)
 {
     char chunk[64 << 10];
     ssize_t n = 0;
-    int fd = open(p->path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
-    int rc = fd < 0 ? -1 : zip_pack_start(p, S_IFREG | (mode & 0777));
+    int fd = open(p->path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+
+    if (fd < 0)
+        return zip_pack_unfit(p, strerror(errno));
+    int rc = zip_pack_start(p, S_IFREG | (mode & 0777));
 
     while (rc == 0 && (n = read(fd, chunk, sizeof chunk)) > 0)
         rc = zip_pack_bytes(p, chunk, (size_t)n);
-    if (fd < 0 || n < 0)
+    if (n < 0)
         rc = zip_pack_wrong(p, "%s", strerror(errno));
     fd_close(&fd);
     return rc;
@@ -3901,20 +3917,21 @@ static int zip_pack_link(struct zip_pack *p)
     ssize_t n = readlink(p->path, target, sizeof target);
 
     if (n < 0)
-        return zip_pack_wrong(p, "%s", strerror(errno));
+        return zip_pack_unfit(p, strerror(errno));
     const char *fault = zip_link_fault(span_of(p->path + p->root), (struct span){ target, (size_t)n });
     if (fault)
-        return zip_pack_wrong(p, "%s", fault);
+        return zip_pack_unfit(p, fault);
     return zip_pack_start(p, S_IFLNK | 0777) < 0 ? -1 : zip_pack_bytes(p, target, (size_t)n);
 }
 
-static int zip_pack_wanted(const struct dirent *d)
+static int zip_pack_not_dots(const struct dirent *d)
 {
-    static const char *const skipped[] = { ".", "..", "__pycache__", ".git" };
-    for (size_t i = 0; i < COUNT(skipped); i++)
-        if (strcmp(d->d_name, skipped[i]) == 0)
-            return 0;
-    return 1;
+    return strcmp(d->d_name, ".") != 0 && strcmp(d->d_name, "..") != 0;
+}
+
+static int zip_pack_code(const struct dirent *d)
+{
+    return zip_pack_not_dots(d) && strcmp(d->d_name, "__pycache__") != 0 && strcmp(d->d_name, ".git") != 0;
 }
 
 static int zip_pack_folder(struct zip_pack *p);      /* calls itself through zip_pack_any */
@@ -3923,14 +3940,20 @@ static int zip_pack_any(struct zip_pack *p)
 {
     struct stat st;
 
+    const char *fault = zip_name_fault(span_of(p->path + p->root));
+
+    if (fault)
+        return zip_pack_unfit(p, fault);
     if (lstat(p->path, &st) < 0)
-        return zip_pack_wrong(p, "%s", strerror(errno));
+        return zip_pack_unfit(p, strerror(errno));
     if (S_ISLNK(st.st_mode))
         return zip_pack_link(p);
     if (S_ISREG(st.st_mode))
         return zip_pack_file(p, st.st_mode);
     if (!S_ISDIR(st.st_mode))
-        return zip_pack_wrong(p, "is a device, a pipe or a socket");
+        return zip_pack_unfit(p, "is a device, a pipe or a socket");
+    if (p->whole && st.st_dev != p->device)
+        return zip_pack_unfit(p, "is mounted there");
     strcat(p->path, "/");           /* zip_pack_folder() leaves room for it */
     return zip_pack_start(p, S_IFDIR | 0755) < 0 ? -1 : zip_pack_folder(p);
 }
@@ -3940,10 +3963,10 @@ static int zip_pack_folder(struct zip_pack *p)
 {
     struct dirent **names = NULL;
     size_t end = strlen(p->path);
-    int rc = 0, n = scandir(p->path, &names, zip_pack_wanted, alphasort);
+    int rc = 0, n = scandir(p->path, &names, p->whole ? zip_pack_not_dots : zip_pack_code, alphasort);
 
     if (n < 0)
-        return zip_pack_wrong(p, "%s", strerror(errno));
+        return zip_pack_unfit(p, strerror(errno));
     for (int i = 0; i < n; i++) {
         if (rc == 0 && end + strlen(names[i]->d_name) + 2 > sizeof p->path)
             rc = zip_pack_wrong(p, "%s: the path is too long", names[i]->d_name);
@@ -3959,26 +3982,31 @@ static int zip_pack_folder(struct zip_pack *p)
     return rc;
 }
 
-/* Packs what is in `folder`, but for __pycache__ and .git, in at most limits.conf_bytes. */
-static int zip_pack(const char *folder, struct buf *out, struct buf *why)
+/* p->most and why are set. */
+static int zip_pack_run(struct zip_pack *p, const char *folder, struct buf *out)
 {
-    struct zip_mem mem = { .out = out, .most = (size_t)limits.conf_bytes };
+    struct zip_mem mem = { .out = out, .most = p->most };
     zlib_filefunc64_def functions = zip_mem_functions(&mem);
-    struct zip_pack p = { .why = why };
-    int n = snprintf(p.path, sizeof p.path, "%s/", folder);
+    int n = snprintf(p->path, sizeof p->path, "%s/", folder);
 
     assert(out->len == 0);
-    if (n >= (int)sizeof p.path)
-        return conf_wrong(why, "%s: the path is too long", folder);
-    p.root = (size_t)n;
-    p.file = zipOpen2_64("", APPEND_STATUS_CREATE, NULL, &functions);
-    if (!p.file)
-        return conf_wrong(why, "no memory for an archive");
-    int rc = zip_pack_folder(&p);
-    if (zipClose(p.file, NULL) != ZIP_OK && rc == 0)
-        rc = zip_pack_wrong(&p, "the archive is larger than %" PRId64 " bytes, or memory is full",
-                            limits.conf_bytes);
+    if (n >= (int)sizeof p->path)
+        return conf_wrong(p->why, "%s: the path is too long", folder);
+    p->root = (size_t)n;
+    p->file = zipOpen2_64("", APPEND_STATUS_CREATE, NULL, &functions);
+    if (!p->file)
+        return conf_wrong(p->why, "no memory for an archive");
+    int rc = zip_pack_folder(p);
+    if (zipClose(p->file, NULL) != ZIP_OK && rc == 0)
+        rc = zip_pack_full(p);
     return rc;
+}
+
+/* Packs a program's code, what is in `folder`. */
+static int zip_pack(const char *folder, struct buf *out, struct buf *why)
+{
+    struct zip_pack p = { .why = why, .most = (size_t)limits.conf_bytes };
+    return zip_pack_run(&p, folder, out);
 }
 
 /* ==== vol: volumes: probe, mount, unmount ========================================
@@ -8152,6 +8180,190 @@ static int job_start(struct job *j, struct loop *loop, struct children *children
     return 0;
 }
 
+/* ==== data: what a program leaves in /data =======================================
+ * A reply on port 52 carries what is there, packed, when it has changed since a reply carried
+ * it last. The tree is as large as the program likes: a child looks and packs. */
+struct data_seen {                  /* told by the child, in memory that both share */
+    bool     walked;
+    uint64_t signature;             /* of all that is there */
+    size_t   bytes;                 /* of the archive; 0: nothing has changed */
+    char     archive[];
+};
+
+struct data {
+    struct loop      *loop;
+    struct children  *children;
+    bool              on;           /* there is a program, and the machine is ours */
+    uint64_t          signature;    /* of what was unpacked there, then of what a reply carried */
+    struct job        job;
+    struct data_seen *seen;         /* NULL: no child is at it */
+    size_t            most;         /* bytes of its archive */
+    void            (*on_packed)(struct data *, struct span archive, struct span error);   /* archive empty:
+                                       no change */
+    void             *owner;
+};
+
+struct data_walk {
+    dev_t           device;
+    int64_t         entries;
+    uint64_t        sum;            /* of each entry's hash: whatever order they are read in */
+    struct timespec newest;         /* change of any */
+};
+
+static uint64_t data_hash(uint64_t hash, const void *p, size_t n)      /* FNV-1a */
+{
+    for (const unsigned char *at = p; n-- > 0; at++)
+        hash = (hash ^ *at) * UINT64_C(0x100000001b3);
+    return hash;
+}
+
+static bool time_is_before(const struct timespec *a, const struct timespec *b)
+{
+    return a->tv_sec != b->tv_sec ? a->tv_sec < b->tv_sec : a->tv_nsec < b->tv_nsec;
+}
+
+/* Adds what is in a folder, which it closes. Any change of an entry moves its ctime; its inode
+ * number says nothing, an overlay makes them up. Mounted volumes are not entered: what is
+ * there stays there. */
+static int data_walk_folder(struct data_walk *w, int fd, uint64_t path, int64_t depth, struct buf *why)
+{
+    DIR *d = depth > limits.zip_depth ? NULL : fdopendir(fd);
+    int rc = 0;
+
+    if (!d) {
+        fd_close(&fd);
+        return depth > limits.zip_depth ? conf_wrong(why, PATH_DATA ": folders more than %" PRId64 " deep", limits.zip_depth)
+                                        : conf_wrong(why, PATH_DATA ": %s", strerror(errno));
+    }
+    for (struct dirent *e; rc == 0 && (e = readdir(d));) {
+        struct stat st;
+        if (!zip_pack_not_dots(e) || fstatat(fd, e->d_name, &st, AT_SYMLINK_NOFOLLOW) < 0
+            || (S_ISDIR(st.st_mode) && st.st_dev != w->device))
+            continue;
+        if (++w->entries > limits.zip_entries)
+            rc = conf_wrong(why, PATH_DATA ": more than %" PRId64 " entries", limits.zip_entries);
+        const int64_t facts[] = { st.st_mode, st.st_size, st.st_mtim.tv_sec, st.st_mtim.tv_nsec,
+                                  st.st_ctim.tv_sec, st.st_ctim.tv_nsec };
+        uint64_t name = data_hash(path, e->d_name, strlen(e->d_name) + 1);
+        w->sum += data_hash(name, facts, sizeof facts);
+        if (time_is_before(&w->newest, &st.st_ctim))
+            w->newest = st.st_ctim;
+        if (!S_ISDIR(st.st_mode) || rc < 0)
+            continue;
+        int sub = openat(fd, e->d_name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+        if (sub >= 0)
+            rc = data_walk_folder(w, sub, name, depth + 1, why);
+        else if (errno != ENOENT)
+            rc = conf_wrong(why, PATH_DATA ": %s", strerror(errno));
+    }
+    closedir(d);
+    return rc;
+}
+
+/* Walks all of it; nothing there is a sum of 0. */
+static int data_look(struct data_walk *w, struct buf *why)
+{
+    struct stat st;
+    int fd = open(PATH_DATA, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+
+    if (fd < 0)
+        return 0;
+    w->device = fstat(fd, &st) == 0 ? st.st_dev : 0;
+    return data_walk_folder(w, fd, UINT64_C(0xcbf29ce484222325), 1, why);
+}
+
+/* Waits until files that change from now on get a time that was not seen: the kernel's clock
+ * for them goes by ticks. */
+static void data_await_tick(const struct data_walk *w)
+{
+    struct timespec now;
+
+    for (int i = 0; i < 50; i++) {          /* unless the clock has been set back */
+        if (clock_gettime(CLOCK_REALTIME_COARSE, &now) < 0 || time_is_before(&w->newest, &now))
+            return;
+        nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
+    }
+}
+
+/* In the child. */
+static int data_run(void *arg, struct buf *why)
+{
+    struct data *d = arg;
+    struct data_walk w = { 0 };
+
+    if (data_look(&w, why) < 0)
+        return -1;
+    d->seen->signature = w.sum;
+    d->seen->walked = true;
+    if (w.sum == d->signature)
+        return 0;
+    data_await_tick(&w);
+    struct zip_pack p = { .why = why, .most = d->most, .whole = true, .device = w.device };
+    struct buf out = { .data = d->seen->archive, .cap = d->most };      /* never grows: most is its size */
+    if (zip_pack_run(&p, PATH_DATA, &out) < 0)
+        return -1;
+    d->seen->bytes = out.len;
+    return 0;
+}
+
+/* Worth a child? Asks nothing of a file system that the program may have mounted there
+ * (AT_STATX_DONT_SYNC): it might not answer. */
+static bool data_is_there(const struct data *d)
+{
+    const int flags = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT | AT_STATX_DONT_SYNC;
+    struct statx root, data;
+
+    return d->on && statx(AT_FDCWD, PATH_DATA, flags, STATX_TYPE, &data) == 0 && S_ISDIR(data.stx_mode)
+        && statx(AT_FDCWD, "/", flags, STATX_TYPE, &root) == 0
+        && root.stx_dev_major == data.stx_dev_major && root.stx_dev_minor == data.stx_dev_minor;
+}
+
+static void data_on_done(struct job *j, bool ok, struct span report)
+{
+    struct data *d = CONTAINER(j, struct data, job);
+    struct data_seen *seen = d->seen;
+    size_t most = d->most;
+    struct span archive = { seen->archive, ok && seen->bytes <= most ? seen->bytes : 0 };
+
+    if (!ok)
+        log_info("output data: %.*s", (int)report.n, report.p);
+    if (seen->walked) {
+        d->signature = seen->signature;     /* also when it failed: it would again */
+    } else {
+        log_info("output data: none from now on");
+        d->on = false;
+    }
+    d->seen = NULL;
+    d->on_packed(d, archive, ok ? SPAN("") : report);
+    munmap(seen, sizeof *seen + most);
+}
+
+/* Begins to look; on_packed follows. 0, or -1 and errno. */
+static int data_pack(struct data *d, size_t most)
+{
+    assert(!d->seen);
+    d->most = most;
+    d->job.run = data_run;
+    d->job.arg = d;
+    d->job.on_done = data_on_done;
+    d->seen = mmap(NULL, sizeof *d->seen + most, PROT_READ | PROT_WRITE,
+                   MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (d->seen == MAP_FAILED)
+        d->seen = NULL;
+    if (d->seen && job_start(&d->job, d->loop, d->children, "output data", limits.data_ms) == 0)
+        return 0;
+    if (d->seen)
+        munmap(d->seen, sizeof *d->seen + most);
+    d->seen = NULL;
+    return -1;
+}
+
+/* What was packed has reached nobody: the next reply shall carry it. */
+static void data_untaken(struct data *d)
+{
+    d->signature = ~d->signature;
+}
+
 /* ==== setup: a configuration becomes a running program ==========================
  * The steps run in one child, as each can block on a device or works on hostile data, in
  * the order in which a later one may build on an earlier one. The first that fails ends it:
@@ -8238,6 +8450,8 @@ static const struct setup_step setup_steps[] = {
 struct setup_progress {
     size_t  done;                   /* steps, from the first */
     int64_t us[COUNT(setup_steps)]; /* each one's time */
+    bool     data_walked;
+    uint64_t data_signature;        /* of /data before the program runs */
 };
 
 struct setup {
@@ -8247,6 +8461,7 @@ struct setup {
     bool             is_ours;       /* the machine is: the steps are taken */
     struct conf      conf;          /* being applied; once done, only what halt must take back */
     struct job       job;
+    struct data      data;
     int64_t          started_ms;
     enum { SETUP_NONE, SETUP_APPLYING, SETUP_STARTING, SETUP_REVERTING, SETUP_DONE } state;
     struct setup_progress *progress;
@@ -8258,6 +8473,7 @@ struct setup {
 static int setup_apply(void *arg, struct buf *why)
 {
     struct setup *s = arg;
+    struct data_walk data = { 0 };
 
     for (size_t i = 0; i < COUNT(setup_steps); i++) {
         int64_t start_us = kernel_us();
@@ -8266,6 +8482,12 @@ static int setup_apply(void *arg, struct buf *why)
         s->progress->us[i] = kernel_us() - start_us;
         s->progress->done = i + 1;
     }
+    if (data_look(&data, why) < 0) {
+        log_info("output data: none: %s", buf_text(why));
+        return 0;
+    }
+    s->progress->data_signature = data.sum;
+    s->progress->data_walked = true;
     return 0;
 }
 
@@ -8286,6 +8508,10 @@ static void setup_finish(struct setup *s, bool ok, struct span text, struct span
         log_info("setup: done in %" PRId64 " ms", now_ms() - s->started_ms);
         for (size_t i = 0; s->progress && i < COUNT(setup_steps); i++)
             log_debug("setup: %9.1f ms  %s", (double)s->progress->us[i] / 1e3, setup_steps[i].name);
+        s->data.loop = s->loop;
+        s->data.children = s->children;
+        s->data.on = s->progress && s->progress->data_walked;
+        s->data.signature = s->data.on ? s->progress->data_signature : 0;
         buf_fini(&s->conf.raw);         /* the bulk */
         s->conf.code = s->conf.input_data = (struct span){ 0 };
     } else {
@@ -8406,6 +8632,7 @@ struct aleph_server {
     struct listener   listener;
     struct aleph     *configurer;       /* who gets the answer; NULL: it has hung up */
     struct aleph     *halting;          /* list: who gets STOP and STOPZ */
+    struct aleph     *finishing;        /* list: replies that lack but the output data */
     unsigned          commands;
     void            (*on_halt)(struct aleph_server *);
     void             *owner;
@@ -8422,7 +8649,8 @@ struct aleph {
     struct buf           reply;
     size_t               reply_body_at;         /* where its length stands in reply; 0: no head yet */
     struct command      *command;
-    struct aleph        *next_halting;
+    struct aleph        *next_halting, *next_finishing;
+    bool                 is_packing;            /* /data has been looked at for it */
 };
 
 /* ---- answers ---- */
@@ -8628,6 +8856,8 @@ static size_t aleph_reply_max(void)
     return quarter < (uint64_t)limits.reply_bytes ? (size_t)quarter : (size_t)limits.reply_bytes;
 }
 
+static void aleph_on_packed(struct data *d, struct span archive, struct span error);     /* also packs again */
+
 /* The reply is built where it will be sent from: the body's length is filled in at the end. */
 static void aleph_on_head(struct exchange *ex, const struct response_head *h)
 {
@@ -8684,6 +8914,72 @@ static void aleph_on_data(struct exchange *ex, struct span data)
     exchange_consumed(ex, data.n);
 }
 
+/* Writes the last two keys and sends. `output` is where an error may stand that leaves the
+ * response whole. */
+static void aleph_complete(struct aleph *a, struct span output, struct span data)
+{
+    struct buf *out = &a->reply;
+
+    mp_write_key(out, "output");
+    mp_write_text(out, output, (size_t)limits.error_bytes);
+    mp_write_key(out, "output_data");
+    if (data.n > 0)
+        mp_write_bin(out, data);
+    else
+        mp_write_nil(out);
+    if (out->failed)
+        aleph_error(a, SPAN("no memory for the response"), SPAN(""));
+    else
+        aleph_send(a, out);
+}
+
+/* Has /data looked at for all replies that wait for it. Those that end meanwhile wait for the
+ * next time: their program may have changed it since. */
+static void aleph_pack(struct aleph_server *s)
+{
+    size_t longest = 0, most = aleph_reply_max();
+
+    for (struct aleph *a = s->finishing; a; a = a->next_finishing) {
+        a->is_packing = true;
+        longest = a->reply.len > longest ? a->reply.len : longest;
+    }
+    longest += ALEPH_TAIL_BYTES;
+    if (s->finishing && data_pack(&s->setup->data, most > longest ? most - longest : 0) < 0)
+        aleph_on_packed(&s->setup->data, SPAN(""), SPAN("output data: no child can be started"));
+}
+
+/* The first that waits gets it: for the others nothing has changed since that reply. */
+static void aleph_on_packed(struct data *d, struct span archive, struct span error)
+{
+    struct aleph_server *s = d->owner;
+    bool taken = false;
+
+    for (struct aleph *a; (a = s->finishing) && a->is_packing;) {
+        s->finishing = a->next_finishing;
+        aleph_complete(a, taken ? SPAN("") : error, taken ? SPAN("") : archive);
+        taken = true;
+    }
+    if (!taken && archive.n > 0)
+        data_untaken(d);
+    aleph_pack(s);
+}
+
+static void aleph_finish(struct aleph *a)
+{
+    struct aleph_server *s = a->server;
+    struct aleph **last = &s->finishing;
+
+    if (!data_is_there(&s->setup->data)) {
+        aleph_complete(a, SPAN(""), SPAN(""));
+        return;
+    }
+    while (*last)
+        last = &(*last)->next_finishing;
+    *last = a;
+    if (!s->setup->data.seen)
+        aleph_pack(s);
+}
+
 static void aleph_on_event_end(struct aleph *a)
 {
     struct buf out = { 0 };
@@ -8697,12 +8993,10 @@ static void aleph_on_event_end(struct aleph *a)
         mp_write_map(&out, 0);
     else
         buf_add_span(&out, buf_span(&a->reply));
-    mp_write_key(&out, "output");
-    mp_write_key(&out, "");
-    mp_write_key(&out, "output_data");
-    mp_write_nil(&out);
     if (a->reply.len == 0 || (mp_skip(&in) && in.n == 0)) {
-        aleph_send(a, &out);
+        buf_fini(&a->reply);
+        a->reply = out;
+        aleph_finish(a);
         return;
     }
     buf_fini(&out);
@@ -8719,17 +9013,9 @@ static void aleph_on_end(struct exchange *ex)
         return;
     }
     uint64_t n = out->len - a->reply_body_at;
-    mp_write_key(out, "output");
-    mp_write_key(out, "");
-    mp_write_key(out, "output_data");
-    mp_write_nil(out);
-    if (out->failed) {
-        aleph_error(a, SPAN("no memory for the response"), SPAN(""));
-        return;
-    }
-    for (size_t i = 0; i < 4; i++)
+    for (size_t i = 0; i < 4 && !out->failed; i++)
         out->data[out->start + a->reply_body_at - 4 + i] = (char)(n >> (24 - 8 * i));
-    aleph_send(a, out);
+    aleph_finish(a);
 }
 
 static void aleph_on_fail(struct exchange *ex, enum failure kind, struct span text, struct span traceback)
@@ -9230,6 +9516,11 @@ static void aleph_on_close(struct conn *c)
             *at = a->next_halting;
             break;
         }
+    for (struct aleph **at = &s->finishing; *at; at = &(*at)->next_finishing)
+        if (*at == a) {
+            *at = a->next_finishing;
+            break;
+        }
 }
 
 static void aleph_on_free(struct conn *c)
@@ -9271,6 +9562,8 @@ static void aleph_say_stopped(struct aleph_server *s)
 
 static int aleph_open(struct aleph_server *s)
 {
+    s->setup->data.on_packed = aleph_on_packed;
+    s->setup->data.owner = s;
     s->listener.all = s->conns;
     s->listener.extra = 64;         /* clients of port 80 must not keep the host's halt out */
     s->listener.on_accept = aleph_on_accept;

@@ -94,7 +94,7 @@ enum frame_type {
     /* sizes */ \
     X(conf_bytes,         32 << 20,   1 << 10, 1 << 30, "configuration on port 52") \
     X(body_bytes,         16 << 20,   1 << 10, 1 << 30, "request body on port 52") \
-    X(reply_bytes,        64 << 20,   1 << 10, 1 << 30, "reply on port 52; a quarter of RAM if that is less") \
+    X(reply_bytes,        64 << 20,   1 << 10, 1 << 30, "reply on port 52, output data included; a quarter of RAM if that is less") \
     X(http_body_bytes,    INT64_MAX,  1,     INT64_MAX, "request body on port 80") \
     X(http_head_bytes,    64 << 10,   1 << 10, 1 << 20, "request head: request line and fields") \
     X(http_target_bytes,  16 << 10,   256,     1 << 20, "request target") \
@@ -139,6 +139,7 @@ enum frame_type {
     X(halt_ms,            4000,       100,     60000,   "halt in all; the host gives 5 s") \
     X(linger_ms,          1000,       0,       60000,   "reading on after an early error, so that it arrives") \
     X(device_ms,          1000,       0,       60000,   "a volume's device to appear") \
+    X(data_ms,            10000,      10,      3600000, "looking through /data and packing it for a reply") \
     X(api_wait_ms,        30000,      0,       3600000, "the host's end of the guest API to take a connection") \
     X(api_idle_ms,        300000,     100,     86400000, "silence of a connection to the guest API") \
     X(ready_retry_ms,     20,         1,       10000,   "between two tries to say ready") \
@@ -151,6 +152,7 @@ enum frame_type {
 #define CONF_PREFIX_MAX     9               /* digits of the configuration's length */
 #define CONN_READ_BYTES     (64 << 10)      /* one read, and room kept in an input buffer */
 #define CONN_OUT_HIGH       (128 << 10)     /* past this a client is slow: the program waits */
+#define ALEPH_TAIL_BYTES    64              /* room for a reply's last keys, without their values */
 #define API_RETRY_MS        20              /* between two tries of the guest API, when few wait */
 #define NODE_FILE_MAX       (256 << 10)     /* .nvmrc and package.json, each */
 #define NODE_PIN_MAX        255             /* characters of the version that a program asks for */

@@ -5,7 +5,7 @@
   GET /hold/PATH  opens the file for writing, enters its folder and keeps both
   GET /dir        its current folder, and the first two of sys.path
 
-An error of the system is answered with 507 and its name, as ENOSPC.
+An event's body is a path that is written. An error of the system is answered with 507 and its name, as ENOSPC.
 """
 import errno
 import os
@@ -51,6 +51,10 @@ def act(method, path, body):
 
 
 async def app(scope, receive, send):
+    if scope["type"] == "aleph.message":
+        write((await receive())["body"], b"by an event")
+        await send({"type": "aleph.message.ack"})
+        return
     if scope["type"] != "http":
         raise NotImplementedError
     body, more = b"", True
