@@ -90,6 +90,12 @@
 #define LIMIT_VALUE(name, value, least, most, what) .name = (value),
 static struct limits { LIMITS(LIMIT_FIELD) } limits = { LIMITS(LIMIT_VALUE) };
 
+#ifdef __GLIBC__                    /* POSIX has int, and so has musl; debug builds are glibc's */
+typedef unsigned long ioctl_request;
+#else
+typedef int ioctl_request;
+#endif
+
 /* unit.c defines these first, to inject failures. */
 #ifndef SYS_READ
 #define SYS_READ    read
@@ -12087,8 +12093,8 @@ static bool button_is_power(int fd)
     unsigned char keys[KEY_MAX / 8 + 1] = { 0 };
     struct input_id id = { 0 };
 
-    return ioctl(fd, (int)EVIOCGID, &id) >= 0 && id.bustype == BUS_HOST
-        && ioctl(fd, (int)EVIOCGBIT(EV_KEY, sizeof keys), keys) >= 0
+    return ioctl(fd, (ioctl_request)EVIOCGID, &id) >= 0 && id.bustype == BUS_HOST
+        && ioctl(fd, (ioctl_request)EVIOCGBIT(EV_KEY, sizeof keys), keys) >= 0
         && (keys[KEY_POWER / 8] >> KEY_POWER % 8 & 1);
 }
 
