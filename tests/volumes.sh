@@ -39,9 +39,22 @@ make_hostile() {
     ln -s /srv "$folder/srv"
 }
 
+# A program whose start is a script: answers with the file that is asked for.
+make_program() {
+    printf '#!/bin/sh\ncd "$(dirname "$0")"\nexec node server.js "$@"\n' >"$1/run.sh"
+    chmod 755 "$1/run.sh"
+    cat >"$1/server.js" <<'END'
+const fs = require('fs')
+require('http').createServer((request, response) => {
+  response.end(request.url === '/args' ? process.argv.slice(2).join(' ') : fs.readFileSync('.' + request.url))
+}).listen(process.env.PORT, process.env.HOST)
+END
+}
+
 make_disks() {
     local name
     for name in plain corrupt_squashfs; do tree $name >"$T/made"; done
+    make_program "$DISKS/plain.tree"
     head -c 200000 /dev/urandom >"$DISKS/corrupt_squashfs.tree/bulk"
     mkdir -p "$(tree packages)/greetings"
     echo 'TEXT = "from a volume"' >"$DISKS/packages.tree/greetings/__init__.py"
@@ -181,15 +194,19 @@ wrong 'T6: through a link of the kernel' 'cannot be made: Symbolic link loop|Too
 wrong 'T6: a link to /usr/sbin' 'its mount point is /usr/sbin, a place' $(volume hostile /h) $(volume ext4 /h/sbin:rw)
 wrong 'T6: a dangling link' 'mount point cannot be made' $(volume hostile /h) $(volume ext4 /h/dangling:rw)
 
-GOOD=(request /)
-check 'T6: configured' configure "$FILES" main:app $(volume hostile /h) $(volume ext2 /lib/more:rw) $(volume ext4 /h/srv/deep:rw)
+GOOD=(request /name)
+check 'T6: configured, with a script on squashfs' configure - 'run.sh one two' --interface executable $(volume hostile /h) $(volume ext2 /lib/more:rw) $(volume ext4 /h/srv/deep:rw)
 check 'T6: no setuid, no devices' mounted_as squashfs /h ro nosuid nodev
 check_eq 'T6: a setuid program gives nothing' 65534 \
     "$(shell "setpriv --reuid 65534 --clear-groups /h/suid -u 2>&1 || true")"
 check_match 'T6: a device node opens nothing' 'Permission denied' "$(shell 'cat /h/node 2>&1')"
 check '59: a link of the distribution is no system place' mounted_as ext[24] /usr/lib/more rw nosuid nodev
 check 'T6: a link that leads to a harmless place' mounted_as ext4 /srv/deep rw
-check_eq '59: well afterwards' files "$(request /)"
+check_eq 'squashfs code: Node by a script' 'of plain' "$(request /name)"
+check_eq 'squashfs code: the script has its arguments' 'one two' "$(request /args)"
+check 'squashfs code: of an executable' mounted_as squashfs /opt/code ro nosuid nodev
+baseline
+guest_ok '59: well afterwards'
 check 'T6: halts' halt
 check '60: a file system without journal is clean' ext_is_clean "$DISKS/ext2"
 

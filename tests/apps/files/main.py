@@ -17,7 +17,10 @@ kept = []
 def write(path, content):
     fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)     # what is there is written over
     try:
-        os.ftruncate(fd, os.pwrite(fd, content, 0))
+        done = 0
+        while done < len(content):
+            done += os.pwrite(fd, content[done:], done)
+        os.ftruncate(fd, done)
         os.fsync(fd)
     finally:
         os.close(fd)
