@@ -5,7 +5,8 @@
  * HOST, what the program should listen on; NODE_PATH, folders of packages. fd 3 is a TCP socket
  * that listens there already, fd 4 one end of a Unix stream socket that carries two kinds of
  * frame to the agent (agent.h has their layout): READY once a server of the program accepts on
- * fd 3, START_FAILED when that will never be. fds 1 and 2 are the program's log.
+ * fd 3, START_FAILED when that will never be (or none, and stderr has the reason). fds 1 and 2
+ * are the program's log.
  *
  * To the program all is as under `node FILE`, but one listen() lands on fd 3, the one of the
  * highest rank (of equals the first); it takes over from a lower one that came earlier:
@@ -85,6 +86,12 @@ function format(error) {
     return inspect(error).split('\n').filter((line) => !line.includes(__filename)).join('\n');
 }
 
+/* Where a syntax error in an ES module stands says only what Node writes to stderr as it ends:
+ * we stay silent, and the agent reports that. */
+function isNowhere(error) {
+    return error instanceof SyntaxError && !/(^|[( ]|file:\/\/)\/.*:\d/m.test(error.stack);
+}
+
 /* Before Node 15 a rejection that nobody handles is only a warning. */
 function raise(reason) {
     if (process.listenerCount('unhandledRejection') === 1)
@@ -100,6 +107,8 @@ process.on('exit', (code) => {
     if (told)
         return;
     const name = path.basename(file);
+    if (lastError && isNowhere(lastError.error))
+        return;
     if (lastError)
         tellFailed(describe(lastError.error), format(lastError.error));
     else if (importing && (code === 0 || code === AWAITS))

@@ -449,7 +449,13 @@ def text_thrown():
 @check()
 def syntax_errors():
     starts_not("syntax.js", "SyntaxError: ", "syntax.js:")
-    starts_not("syntax.mjs", "SyntaxError: ", "SyntaxError: ")
+    with Program("syntax.mjs") as p:    # only Node can say where, and does so at its end
+        equal(1, p.process.wait(PATIENCE_S))
+        while not p.ended:
+            p.read(PATIENCE_S)
+        equal(None, p.frame)
+        has(p.output(), "/code/syntax.mjs:1\n", "SyntaxError: ")
+    starts_not("names.mjs", "SyntaxError: ", "does not provide an export named", "names.mjs:2")
 
 
 @check()
