@@ -12087,15 +12087,23 @@ static void button_on_event(struct watch *w, uint32_t events)
         loop_want(&b->agent->loop, w, 0);
 }
 
-/* The machine's own: a keyboard has a power key, too. */
-static bool button_is_power(int fd)
+/* The machine's own: a keyboard has a power key, too. Asked of sysfs first, as opening and
+ * closing a device can take its driver a while. */
+static int button_open_one(int number)
 {
     unsigned char keys[KEY_MAX / 8 + 1] = { 0 };
-    struct input_id id = { 0 };
+    char path[64], bus[8];
 
-    return ioctl(fd, (ioctl_request)EVIOCGID, &id) >= 0 && id.bustype == BUS_HOST
-        && ioctl(fd, (ioctl_request)EVIOCGBIT(EV_KEY, sizeof keys), keys) >= 0
-        && (keys[KEY_POWER / 8] >> KEY_POWER % 8 & 1);
+    snprintf(path, sizeof path, "/sys/class/input/event%d/device/id/bustype", number);
+    snprintf(bus, sizeof bus, "%04x", BUS_HOST);
+    if (kernel_number(path, bus) < 0)
+        return -1;
+    snprintf(path, sizeof path, "/dev/input/event%d", number);
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (fd >= 0 && (ioctl(fd, (ioctl_request)EVIOCGBIT(EV_KEY, sizeof keys), keys) < 0
+                    || !(keys[KEY_POWER / 8] >> KEY_POWER % 8 & 1)))
+        fd_close(&fd);
+    return fd;
 }
 
 static void button_open(struct agent *a)
@@ -12104,14 +12112,9 @@ static void button_open(struct agent *a)
 
     for (int i = 0; i < INPUTS_MAX && found < COUNT(a->buttons); i++) {
         struct button *b = &a->buttons[found];
-        char path[32];
-        snprintf(path, sizeof path, "/dev/input/event%d", i);
-        int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-        if (fd < 0)
-            continue;
-        b->watch = (struct watch){ .fd = fd, .on_event = button_on_event };
+        b->watch = (struct watch){ .fd = button_open_one(i), .on_event = button_on_event };
         b->agent = a;
-        if (button_is_power(fd) && loop_want(&a->loop, &b->watch, EPOLLIN) == 0)
+        if (b->watch.fd >= 0 && loop_want(&a->loop, &b->watch, EPOLLIN) == 0)
             found++;
         else
             fd_close(&b->watch.fd);

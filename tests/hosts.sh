@@ -2,6 +2,7 @@
 # Other hosts than the usual guest: a distribution's own kernel and initramfs, the agent as
 # /init of an initramfs, a machine without PCI, a kernel whose drivers are all there already.
 # And how each kind of request to halt ends the machine.
+TEST_SECONDS=${TEST_SECONDS:-600}   # its image takes some minutes to make
 . "$(dirname "$0")/lib.sh"
 
 GUEST_MEMORY=512M

@@ -23,6 +23,7 @@ seconds_for() {
     case $1 in
     build) echo 900 ;;
     fuzz) echo 600 ;;               # it compiles the agent once for each target
+    hosts) echo 600 ;;              # it may wait for its own image
     *) echo 300 ;;
     esac
 }
@@ -50,6 +51,7 @@ run_script() {
 make_guests() {
     if (guest_image debian-12-test) >"$LOGS/guests.log" 2>&1; then
         echo yes >"$LOGS/guests"
+        [[ " $* " != *' hosts '* ]] || (guest_image debian-12-distribution) >>"$LOGS/guests.log" 2>&1 || true
         return
     fi
     cat "$LOGS/guests.log"
@@ -123,7 +125,7 @@ main() {
             guests+=("$name")
         fi
     done
-    [ ${#guests[@]} = 0 ] || make_guests &
+    [ ${#guests[@]} = 0 ] || make_guests "${guests[@]}" &
     chosen+=("${guests[@]}")
     run_all "${chosen[@]}"
     summary
