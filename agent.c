@@ -1314,6 +1314,9 @@ struct conf {
     uint32_t            seen;               /* which of conf_keys: a bit for each row */
     struct settings     settings;
     char               *folder;             /* of the code, where a file names one */
+    char              **args;               /* after those that stand in the entrypoint */
+    size_t              args_len;
+    int64_t             port;               /* where the program listens; 0: not said */
     char               *name;               /* hostname, where a file gives one */
     struct buf          raw;                /* owned; code and input_data point into it */
     struct span         code, input_data;   /* p is NULL: nil or missing */
@@ -1397,6 +1400,7 @@ static void conf_fini(struct conf *c)
 {
     settings_fini(&c->settings);
     free(c->folder);
+    strings_free(c->args, c->args_len);
     free(c->name);
     buf_fini(&c->raw);
     free(c->interface_name);
@@ -1545,6 +1549,16 @@ static int conf_volumes(struct mp_in *in, struct conf *c, struct buf *why)
     return 0;
 }
 
+static int conf_port(struct mp_in *in, const char *field, int64_t *out, struct buf *why)
+{
+    struct mp_head h;
+
+    if (!mp_read(in, MP_INT, &h) || h.negative || h.value < 1 || h.value > UINT16_MAX)
+        return conf_wrong(why, "%s: expected a number from 1 to %d", field, UINT16_MAX);
+    *out = (int64_t)h.value;
+    return 0;
+}
+
 static int conf_limits(struct mp_in *in, struct conf *c, struct buf *why)
 {
     struct span name;
@@ -1568,7 +1582,9 @@ static int conf_limits(struct mp_in *in, struct conf *c, struct buf *why)
     return 0;
 }
 
-enum conf_kind { CONF_STR, CONF_BIN, CONF_DNS, CONF_KEYS, CONF_LISTEN, CONF_VARIABLES, CONF_VOLUMES, CONF_LIMITS };
+enum conf_kind {
+    CONF_STR, CONF_BIN, CONF_PORT, CONF_ARGS, CONF_DNS, CONF_KEYS, CONF_LISTEN, CONF_VARIABLES, CONF_VOLUMES, CONF_LIMITS
+};
 
 /* Beside where a key may stand: it says something of the agent itself, or of the machine. */
 enum { CONF_ANY = CONF_WIRE | CONF_FILE, CONF_SETTING = 4, CONF_MACHINE = 8 };
@@ -1586,6 +1602,8 @@ static const struct conf_key {
     { "entrypoint",      CONF_STR,       CONF_ANY,                offsetof(struct conf, entrypoint) },
     { "code",            CONF_BIN,       CONF_WIRE,               offsetof(struct conf, code) },
     { "code",            CONF_STR,       CONF_FILE,               offsetof(struct conf, folder) },
+    { "args",            CONF_ARGS,      CONF_FILE,               0 },
+    { "port",            CONF_PORT,      CONF_FILE,               0 },
     { "hostname",        CONF_STR,       CONF_FILE | CONF_MACHINE, offsetof(struct conf, name) },
     { "ip",              CONF_STR,       CONF_ANY | CONF_MACHINE, offsetof(struct conf, ip) },
     { "route",           CONF_STR,       CONF_ANY | CONF_MACHINE, offsetof(struct conf, route) },
@@ -1622,6 +1640,10 @@ static int conf_value(struct mp_in *in, struct conf *c, const struct conf_key *k
         return conf_str(in, key->name, field, why);
     case CONF_BIN:
         return conf_bin(in, key->name, field, why);
+    case CONF_PORT:
+        return conf_port(in, key->name, &c->port, why);
+    case CONF_ARGS:
+        return conf_strs(in, key->name, &c->args, &c->args_len, why);
     case CONF_DNS:
         return conf_strs(in, key->name, &c->dns_servers, &c->dns_servers_len, why);
     case CONF_KEYS:
@@ -1884,6 +1906,10 @@ static int conf_check_file(struct conf *c, struct buf *why)
     bool is_module = strchr(c->entrypoint, ':') && !strpbrk(c->entrypoint, " /");
     c->interface = is_module ? INTERFACE_ASGI : INTERFACE_EXECUTABLE;
     c->launch = conf_launch(c);
+    if (c->args_len > 0 && (c->launch == LAUNCH_WORKER || c->launch == LAUNCH_NODE))
+        return conf_wrong(why, "args: only for an executable or a Python file");
+    if (c->port && c->launch == LAUNCH_WORKER)
+        return conf_wrong(why, "port: module:attribute listens on none");
     return 0;
 }
 
@@ -2099,10 +2125,13 @@ static void conf_entry_path(const struct conf *c, char *out, size_t size)
 static int conf_copy_program(struct conf *to, const struct conf *from)
 {
     *to = (struct conf){ .source = from->source, .interface = from->interface, .launch = from->launch,
-                         .encoding = from->encoding };
+                         .encoding = from->encoding, .port = from->port };
     memcpy(to->hostname, from->hostname, sizeof to->hostname);
     if (from->folder && !(to->folder = span_dup(span_of(from->folder))))
-        return -1;
+        goto failed;
+    for (size_t i = 0; i < from->args_len; i++)
+        if (strings_add(&to->args, &to->args_len, from->args[i]) < 0)
+            goto failed;
     to->entrypoint = span_dup(span_of(from->entrypoint));
     to->variables = calloc(from->variables_len + 1, sizeof *to->variables);
     if (!to->entrypoint || !to->variables)
@@ -4785,6 +4814,20 @@ static int address_socket(const struct address *a)
     return fd;
 }
 
+/* A TCP port of the loopback that nobody uses now; 0 and errno: there is none. */
+static unsigned address_free_port(void)
+{
+    struct address a = { .kind = ADDRESS_TCP };
+    struct sockaddr_in in;
+    socklen_t size = sizeof in;
+
+    address_tcp(&a, SPAN("127.0.0.1"), 0);
+    int fd = address_socket(&a);
+    bool ok = fd >= 0 && bind(fd, (const void *)&a.sa, a.sa_len) == 0 && getsockname(fd, (void *)&in, &size) == 0;
+    fd_close(&fd);
+    return ok ? ntohs(in.sin_port) : 0;
+}
+
 /* Starts to connect; a Unix socket may be connected at once. -1 and errno. */
 static int address_connect(const struct address *a)
 {
@@ -7407,6 +7450,7 @@ struct program {
     struct conf        conf;
     struct runner     *runner;      /* the current one, or NULL */
     unsigned           port;        /* where it listens, if it is no Python worker */
+    bool               picks_port;  /* a free one, anew for every start: the machine is not ours */
     bool               was_ready;   /* the current runner has been RUNNER_READY */
     bool               is_late;     /* it does not listen within limits.loading_ms */
     struct buf         ended, ended_tail;   /* how it ended before it was ready; empty: it did not */
@@ -7574,7 +7618,7 @@ static char **program_env(const struct program *p)
     for (size_t i = 0; ok && i < base; i++)
         if (strchr(p->env[i], '='))     /* the caller's environment may hold anything */
             ok = env_set(env, p->env[i], strcspn(p->env[i], "="), strchr(p->env[i], '=') + 1);
-    if (ok && c->hostname[0])
+    if (ok && c->hostname[0] && c->source == CONF_WIRE)
         ok = env_put(env, "ALEPH_ADDRESS_TO_USE", c->hostname);
     if (ok && c->launch == LAUNCH_NODE)
         ok = env_put(env, "NODE_PATH", modules);
@@ -7635,7 +7679,7 @@ static struct runner *program_spawn_upstream(struct program *p, const struct run
                                              struct buf *why)
 {
     const struct conf *c = &p->conf;
-    char *argv[CONF_ARGS_MAX + 4], path[PATH_MAX], interpreter[PATH_MAX], shim[PATH_MAX];
+    char *argv[2 * CONF_ARGS_MAX + 4], path[PATH_MAX], interpreter[PATH_MAX], shim[PATH_MAX];
     char *words = span_dup(span_of(c->entrypoint)), *rest;
     struct runner *r = NULL;
     size_t n = 0;
@@ -7660,8 +7704,10 @@ static struct runner *program_spawn_upstream(struct program *p, const struct run
         }
         argv[n++] = path;
         strtok_r(words, " ", &rest);
-        for (char *word; n < COUNT(argv) - 1 && (word = strtok_r(NULL, " ", &rest));)
+        for (char *word; n < CONF_ARGS_MAX + 2 && (word = strtok_r(NULL, " ", &rest));)
             argv[n++] = word;
+        for (size_t i = 0; i < c->args_len; i++)
+            argv[n++] = c->args[i];
     }
     argv[n] = NULL;
     if (rc == 0)
@@ -7675,8 +7721,12 @@ static struct runner *program_spawn_upstream(struct program *p, const struct run
 static int program_spawn(struct program *p, const char *name, struct buf *why)
 {
     struct runner base = { .owner = &program_owner, .program = p, .loop = p->loop, .children = p->children };
-    char **env = program_env(p);
 
+    if (p->conf.port)
+        p->port = (unsigned)p->conf.port;
+    else if (p->picks_port && !(p->port = address_free_port()))
+        return conf_wrong(why, "there is no free port: %s", strerror(errno));
+    char **env = program_env(p);
     p->was_ready = p->is_late = false;
     buf_fini(&p->ended);
     buf_fini(&p->ended_tail);
@@ -8090,6 +8140,7 @@ static void program_start(struct program *p, struct conf *conf, int64_t ms)
     p->conf = *conf;
     *conf = (struct conf){ 0 };
     p->state = PROGRAM_STARTING;
+    p->status = -1;
     p->oom_kills = cgroup_oom_kills(p->children);
     if (p->runner && (program_needs_cold(&p->conf) || p->runner->state > RUNNER_WARM))
         program_drop_runner(p);
@@ -11600,6 +11651,7 @@ struct options {
     const char     *ready, *api;    /* addresses; ready: a sandbox, no vsock, no reboot */
     const char     *config;         /* the file */
     const char     *folder, *entrypoint;
+    char          **args;           /* up to the NULL */
     char          **variables;      /* "NAME=VALUE" */
     size_t          variables_len;
     struct settings told;
@@ -11964,7 +12016,15 @@ static int agent_override(const struct options *o, struct conf *c, struct buf *w
         free(c->entrypoint);
         c->folder = span_dup(span_of(folder));
         c->entrypoint = span_dup(span_of(o->entrypoint));
+        strings_free(c->args, c->args_len);
+        c->args = NULL;
+        c->args_len = 0;
     }
+    for (char **arg = o->args; arg && *arg; arg++)
+        if (strings_add(&c->args, &c->args_len, *arg) < 0)
+            return conf_wrong(why, "no memory");
+    if (c->args_len > CONF_LIST_MAX)
+        return conf_wrong(why, "%zu arguments, at most %d", c->args_len, CONF_LIST_MAX);
     struct conf_pair *all = realloc(c->variables, (c->variables_len + o->variables_len + 1) * sizeof *all);
     if (!all || (o->folder && (!c->folder || !c->entrypoint)))
         return conf_wrong(why, "no memory");
@@ -12041,6 +12101,8 @@ static void agent_on_setup(struct setup *s, bool ok, struct span text, struct sp
     }
     snprintf(a->missing, sizeof a->missing, "%.*s", (int)(utf8_cut(text, sizeof a->missing - 1).n), text.p);
     a->program.missing = a->missing;
+    if (a->program.status >= 0)                 /* what it printed before it ended is there already */
+        traceback.n = 0;
     for (size_t n; traceback.n > 0; traceback = (struct span){ traceback.p + n, traceback.n - n }) {
         const char *end = memchr(traceback.p, '\n', traceback.n);
         n = end ? (size_t)(end - traceback.p) + 1 : traceback.n;
@@ -12237,8 +12299,10 @@ static void agent_boot_late(struct agent *a)
     boot_stage(b, "cgroup");
     net_loopback();
     boot_stage(b, "loopback");
-    program_prewarm(&a->program);
-    boot_stage(b, "prewarm");
+    if (!a->conf.entrypoint || !program_needs_cold(&a->conf)) {
+        program_prewarm(&a->program);
+        boot_stage(b, "prewarm");
+    }
     agent_listen(a, true);
     if (a->conf.entrypoint)
         agent_setup(a);
@@ -12463,7 +12527,7 @@ static int init_main(int argc, char **argv, bool is_machine)
  * Under another init, or as the first process of a container: a program and the fronts, and
  * nothing of the machine. What the program leaves behind is adopted, reaped and ended. */
 static const char run_usage[] =
-    "usage: agent run [OPTION]... [DIR ENTRYPOINT]\n"
+    "usage: agent run [OPTION]... [DIR ENTRYPOINT [ARGUMENT]...]\n"
     "\n"
     "Serves a program by HTTP as an ordinary process or as the first of a container. Mounts, network and\n"
     "hostname stay as they are; vsock is not touched unless an address says so.\n"
@@ -12503,12 +12567,15 @@ static int run_options(struct options *o, int argc, char **argv)
             return EXIT_USAGE;
         }
     }
-    if (argc != i && argc != i + 2) {
+    if (argc == i + 1) {
         fputs(run_usage, stderr);
         return EXIT_USAGE;
     }
-    o->folder = argc == i ? NULL : argv[i];
-    o->entrypoint = argc == i ? NULL : argv[i + 1];
+    if (argc > i) {
+        o->folder = argv[i];
+        o->entrypoint = argv[i + 1];
+        o->args = argv + i + 2;
+    }
     return 0;
 }
 
@@ -12612,6 +12679,7 @@ static int run_main(int argc, char **argv)
     agent_init(&a);
     a.program.env = environ;
     a.program.optimize = "";
+    a.program.picks_port = true;
     if (!(a.program.folder = run_folder()))
         die("no temporary folder can be made: %s", strerror(errno));
     prctl(PR_SET_DUMPABLE, 0);
@@ -12635,7 +12703,7 @@ static const char usage[] =
     "takes a configuration there and serves the program there and by HTTP on vsock port 80.\n"
     "\n"
     "As a process or in a container:\n"
-    "  agent run [OPTION]... [DIR ENTRYPOINT]           serve a program, leave the machine alone\n"
+    "  agent run [OPTION]... [DIR ENTRYPOINT [ARG]...]  serve a program, leave the machine alone\n"
     "\n"
     "On the host:\n"
     "  agent call SOCKET ready                          wait until a guest says that it is ready\n"

@@ -68,7 +68,7 @@ check_fields() {
         wrong "type: $name is a bool" "$name: expected a string" "{\"$name\": true}"
         wrong "type: $name holds a NUL" "$name: holds a NUL" "{\"$name\": \"a\\u0000b\"}"
     done
-    for name in dns_servers authorized_keys listen; do
+    for name in args dns_servers authorized_keys listen; do
         field "type: $name is a string" "$name: expected a list" "\"$name\": \"a\""
         field "type: $name is a map" "$name: expected a list" "\"$name\": {}"
         field "type: $name holds a number" "$name\\[1\\]: expected a string" "\"$name\": [\"a\", 1]"
@@ -98,6 +98,12 @@ check_fields() {
 
     wrong 'entrypoint: missing' 'entrypoint: missing' '{"variables": {"A": "1"}}'
     wrong 'entrypoint: empty' 'entrypoint: 0 bytes' '{"entrypoint": ""}'
+    field 'args: for a module' 'args: only for an executable' '"args": ["a"]'
+    wrong 'args: for Node' 'args: only for an executable' '{"entrypoint": "a.js", "args": ["a"]}'
+    field 'port: for a module' 'port: module:attribute listens on none' '"port": 8080'
+    for name in 0 65536 -1 80.5 '"80"' true '[80]'; do
+        wrong "port: $name" 'port: expected a number from 1 to 65535' "{\"entrypoint\": \"run.sh\", \"port\": $name}"
+    done
     field 'code: relative' 'code: "app" is no absolute path' '"code": "app"'
     for name in '' - a- -a 'a b' a..b .a a. "$(printf 'a%.0s' {1..64})" 'é'; do
         field "hostname: \"${name:0:8}\"" 'hostname: ' "\"hostname\": \"$name\""

@@ -16,14 +16,15 @@ static void seed_json(unsigned which, struct buf *out)
         "\"volumes\": [{\"mount\": \"/v\", \"device\": \"vdb\", \"read_only\": false}]",
         "\"listen\": [\"vsock:80\", \"tcp:127.0.0.1:1\", \"unix:/s\", \"fd:3\"], \"wire\": \"unix:/w\"",
         "\"log\": \"debug\", \"limits\": {\"conns\": 20, \"http_body_bytes\": 9223372036854775807}",
+        "\"entrypoint\": \"run.sh x\", \"args\": [\"a\", \"b c\"], \"port\": 81",
         "\"authorized_keys\": [\"ssh-ed25519 AAAA\"]", "\"ipv6\": null",
     };
 
-    buf_add_text(out, "{\n \"entrypoint\": \"main:app\"");
+    buf_add_text(out, which & 1 << 8 ? "{" : "{\n \"entrypoint\": \"main:app\",");
     for (size_t i = 0; i < COUNT(fields); i++)
         if (which >> i & 1)
-            buf_add_format(out, ",\n %s", fields[i]);
-    buf_add_text(out, "\n}");
+            buf_add_format(out, "\n %s,", fields[i]);
+    buf_add_text(out, "\n \"ipv6_gateway\": null\n}");
 }
 
 static void fuzz_seed(unsigned which, struct buf *out)

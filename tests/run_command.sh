@@ -129,6 +129,43 @@ check_failures() {
     check_eq 'fails: nothing is left over' '' "$(left_over)"
 }
 
+# ---- programs that listen --------------------------------------------------------------------
+
+check_listeners() {
+    start --env A=1 "$PROGRAM" server.py --flag 'two words'
+    check_eq 'file.py: its arguments' "['--flag', 'two words']" "$(fact 'F["args"]')"
+    check_eq 'file.py: its folder and variable' "$PROGRAM 1" "$(fact 'F["cwd"] + " " + F["env"]["A"]')"
+    check_eq 'file.py: the port is free, and not that of a guest' True "$(fact 'int(F["env"]["PORT"]) not in (0, 80, 8080)')"
+    local first
+    first=$(fact 'F["env"]["PORT"]')
+    http /exit >"$T/exit" || true
+    check 'file.py: it starts again' wait_for 20 serves_again
+    check_eq 'file.py: on a port that it is told' True "$(fact "int(F['env']['PORT']) > 0 and F['env']['HOST'] == '127.0.0.1'")"
+    finish
+    check_eq 'file.py: SIGTERM ends it with 0' 0 "$STATUS"
+
+    local other=$((10000 + RANDOM % 10000))
+    cat >"$T/agent.json" <<END
+{ "entrypoint": "run.sh a", "args": ["b c", "d"], "code": "$PROGRAM", "port": $other, "listen": ["unix:$T/tmp/http.sock"] }
+END
+    start --config "$T/agent.json"
+    check_eq 'executable: the arguments of the entrypoint, then the others' "['a', 'b c', 'd']" "$(fact 'F["args"]')"
+    check_eq 'executable: the port of the file' $other "$(fact 'F["env"]["PORT"]')"
+    finish
+
+    need nodejs
+    start "$APPS/node" listener.js
+    check_match 'Node: it answers' . "$(http /)"
+    check_match 'Node: from the shim in a folder of its own' '/agent-[^/]*/node.cjs' "$(tr '\0' ' ' <"/proc/$(cat "/proc/$RUN_PID/task/$RUN_PID/children" | tr -d ' ')/cmdline")"
+    finish
+    check_eq 'Node: SIGTERM ends it with 0' 0 "$STATUS"
+    ends 'executable: one that is not there' 127 'none: No such file' "$PROGRAM" none
+    ends 'executable: its exit code' 9 'exited with exit code 9' "$PROGRAM" ends.sh
+    check_eq 'executable: what it printed stands once in the log' 1 "$(grep -c 'its last words' "$T/check.out")"
+    ends 'Node: a module that throws' 1 'Error' "$APPS/node" throws.js
+    check_eq 'listeners: nothing is left over' '' "$(left_over)"
+}
+
 # ---- the file ----------------------------------------------------------------------------------
 
 check_config() {
@@ -206,6 +243,7 @@ check_signals
 check_killed
 check_orphans
 check_failures
+check_listeners
 check_config
 check_container
 check_nobody

@@ -1,0 +1,3 @@
+#!/bin/sh
+echo its last words
+exit 9
