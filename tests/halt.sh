@@ -2,7 +2,7 @@
 # Halt of real guests that have volumes: items 73 and 74 of the list of bad inputs, and twenty
 # halts in a row under load. Runs alone: it measures the 5 s that the host gives, two guests at
 # a time.
-TEST_SECONDS=${TEST_SECONDS:-400}
+TEST_SECONDS=${TEST_SECONDS:-600}
 . "$(dirname "$0")/lib.sh"
 
 need e2fsprogs python3-msgpack
