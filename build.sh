@@ -14,6 +14,8 @@ BUILD_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 STRICT='-std=gnu11 -Wall -Wextra -Wshadow -Wconversion -Wno-format-truncation -Werror'
 SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=all'
 SECTIONS='-ffunction-sections -fdata-sections'
+ARCH=''             # of the release, in the names of its files: empty for this machine's own
+CROSS_COMPILE=''    # what the names of its compiler and linker begin with; musl reads it, too
 
 say() { printf '== %s\n' "$*"; }
 die() { printf 'build.sh: %s\n' "$*" >&2; exit 1; }
@@ -166,9 +168,10 @@ variant() {
     OUT=out/lib/$1 CC=gcc CFLAGS='-g -O1 -fno-omit-frame-pointer'
     case $1 in
     release)
+        OUT+=$ARCH CC=${CROSS_COMPILE}gcc
         CFLAGS="-Os $SECTIONS -fno-pie -fno-stack-protector -fcf-protection=none
             -fno-asynchronous-unwind-tables
-            -nostdinc -isystem $OUT/musl/include -isystem $(gcc -print-file-name=include)
+            -nostdinc -isystem $OUT/musl/include -isystem $($CC -print-file-name=include)
             -idirafter $OUT/kernel" ;;
     debug) CFLAGS+=' -fsanitize=address' ;;
     fuzz) CC=clang CFLAGS+=' -fsanitize=address,fuzzer-no-link' ;;
@@ -213,11 +216,11 @@ objects() {
 }
 
 kernel_headers() {
-    local folder from=/usr/include
+    local folder from=/usr${CROSS_COMPILE:+/${CROSS_COMPILE%-}}/include
     mkdir -p "$OUT/kernel"
     for folder in linux asm asm-generic; do
         [[ -d $from/$folder ]] && ln -s "$from/$folder" "$OUT/kernel/" ||
-            ln -s "$from/$(gcc -print-multiarch)/$folder" "$OUT/kernel/"
+            ln -s "$from/$($CC -print-multiarch)/$folder" "$OUT/kernel/"
     done
 }
 
@@ -234,27 +237,37 @@ musl() {
 # ---- The agent ------------------------------------------------------------------------
 
 build_release() {
+    local file=out/agent$ARCH
     libraries release
-    [[ ! -e out/agent || $(cat "$OUT/agent.stamp" 2>/dev/null) != "$(agent_stamp)" ]] || return 0
-    say "compiling agent.c (release)"
-    gcc $STRICT $CFLAGS $INCLUDES -c agent.c -o "$OUT/agent.o"
-    link_release out/agent
+    [[ ! -e $file || $(cat "$OUT/agent.stamp" 2>/dev/null) != "$(agent_stamp)" ]] || return 0
+    say "compiling agent.c (release$ARCH)"
+    $CC $STRICT $CFLAGS $INCLUDES -c agent.c -o "$OUT/agent.o"
+    link_release "$file"
     agent_stamp >"$OUT/agent.stamp"
 }
 
-# What out/agent was made from, and itself: nothing else tracks what .incbin reads.
+build_arm64() {
+    ARCH=-arm64
+    if [[ $(uname -m) != aarch64 ]]; then
+        need gcc-aarch64-linux-gnu linux-libc-dev-arm64-cross
+        export CROSS_COMPILE=aarch64-linux-gnu-
+    fi
+    build_release
+}
+
+# What $file was made from, and itself: nothing else tracks what .incbin reads.
 agent_stamp() {
     { cat agent.[ch] shims/*.* "$OUT/stamp"; declare -p STRICT; declare -f link_release
-      sha256sum <out/agent; } | sha256sum
+      sha256sum <"$file"; } | sha256sum
 }
 
 # link_release FILE [FLAG...]
 link_release() {
     local file=$1 crt=$OUT/musl/lib
     shift
-    gcc -static -no-pie -nostdlib -Wl,--gc-sections,--build-id=none,-z,noexecstack,-s "$@" \
+    $CC -static -no-pie -nostdlib -Wl,--gc-sections,--build-id=none,-z,noexecstack,-s "$@" \
         "$crt/crt1.o" "$crt/crti.o" "$OUT/agent.o" "$OUT/vendor.a" "$crt/libc.a" \
-        "$(gcc -print-libgcc-file-name)" "$crt/crtn.o" -o "$file"
+        "$($CC -print-libgcc-file-name)" "$crt/crtn.o" -o "$file"
     say "$file: $(stat -c %s "$file") bytes"
 }
 
@@ -307,8 +320,9 @@ locked() { (flock -n 9 || { say 'waiting for another build'; flock 9; }; "$@") 9
 usage() {
     cat <<'END'
 ./build.sh                    out/agent, the static release
+./build.sh arm64              out/agent-arm64, the same for arm64
 ./build.sh debug              out/debug/agent and out/debug/unit, with sanitizers
-./build.sh test               both, then every test
+./build.sh test               all three, then every test
 ./build.sh fuzz NAME [SECONDS]  tests/fuzz_NAME.c under libFuzzer
 ./build.sh run DIR ENTRYPOINT a guest that serves DIR on http://127.0.0.1:8080
 ./build.sh size               out/agent-all, with every library linked in whole
@@ -322,8 +336,8 @@ main() {
     cd "$BUILD_ROOT"
     mkdir -p out
     case $word in
-    release | debug | size) locked "build_$word" ;;
-    test) locked build_release; locked build_debug; exec tests/run.sh "$@" ;;
+    release | arm64 | debug | size) locked "build_$word" ;;
+    test) locked build_release; (locked build_arm64); locked build_debug; exec tests/run.sh "$@" ;;
     fuzz) locked build_fuzz "${1:?NAME is missing}"; run_fuzz "$@" ;;
     run) locked build_release; . runtimes/guest.sh; guest_run "$@" ;;
     clean) rm -rf out ;;

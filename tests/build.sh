@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The release binary itself, and that building it is repeatable, offline and picky: needs
+# The release binaries themselves, and that building it is repeatable, offline and picky: needs
 # out/agent, made by ./build.sh. Takes some minutes: the Dockerfile builds all libraries anew.
 cd "$(dirname "$0")/.." || exit 1
 . ./build.sh
@@ -24,8 +24,9 @@ check() {
 
 sha() { sha256sum <"$1"; }
 
+# is_static FILE MACHINE
 is_static() {
-    readelf -h "$1" | grep -q 'Advanced Micro Devices X86-64' || { echo "not x86-64"; return 1; }
+    readelf -h "$1" | grep -q "Machine: .*$2" || { echo "not $2"; return 1; }
     readelf -h "$1" | grep -q 'EXEC' || { echo "not a plain executable"; return 1; }
     ! readelf -lW "$1" | grep -E 'INTERP|DYNAMIC'
 }
@@ -40,7 +41,7 @@ fits() {
 # The stack and the data of the agent are never code.
 has_no_writable_code() { ! readelf -lW "$1" | grep -E 'RWE|GNU_STACK.*E '; }
 
-names_no_folder() { ! grep -aoE "$BUILD_ROOT|/usr/(lib|include)/[a-z]*" "$1"; }
+names_no_folder() { ! grep -aoE "$BUILD_ROOT|/usr/(lib|include|[a-z0-9_]*-linux-gnu)/[a-z]*" "$1"; }
 
 # copy_tree FOLDER: what a clone has, and the downloads.
 copy_tree() {
@@ -122,11 +123,18 @@ dockerfile_builds_the_same() {
     [[ $(sha "$tmp/docker-agent") == "$(sha out/agent)" ]] || { echo "differs"; return 1; }
 }
 
-check 'out/agent: static x86-64' is_static out/agent
-check 'out/agent: stripped' is_stripped out/agent
-check 'out/agent: no memory both writable and executable' has_no_writable_code out/agent
-check 'out/agent: no path of this machine inside' names_no_folder out/agent
-check 'out/agent: at most 640 KiB' fits out/agent
+# release NAME FILE MACHINE
+release() {
+    check "$1: static $3" is_static "$2" "$3"
+    check "$1: stripped" is_stripped "$2"
+    check "$1: no memory both writable and executable" has_no_writable_code "$2"
+    check "$1: no path of this machine inside" names_no_folder "$2"
+    check "$1: at most 640 KiB" fits "$2"
+}
+
+release out/agent out/agent X86-64
+check 'shortcoming 14: build.sh arm64' ./build.sh arm64
+release 'shortcoming 14: out/agent-arm64' out/agent-arm64 AArch64
 check 'build.sh size' ./build.sh size
 check 'out/agent-all: at most 640 KiB with every library whole' fits out/agent-all
 check 'build.sh: a word it does not know' says './build.sh debug' ./build.sh nonsense
