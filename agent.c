@@ -19,7 +19,7 @@
  *
  * Sections, each using only those above it (grep '^/\* ====' agent.c):
  *   log sys buf loop text mp conf boot net zip vol child conn exchange runner worker upstream
- *   node program job data setup aleph http pump bridge call forward init run main
+ *   node program job data ssh setup aleph http pump bridge call forward init run main
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -1939,6 +1939,19 @@ static int conf_check_wire(struct conf *c, struct buf *why)
     return 0;
 }
 
+/* Each becomes a line of a file that sshd(8) reads. */
+static int conf_check_keys(const struct conf *c, struct buf *why)
+{
+    for (size_t i = 0; i < c->authorized_keys_len; i++) {
+        struct span key = span_of(c->authorized_keys[i]);
+        if (key.n > SSH_KEY_MAX)
+            return conf_wrong(why, "authorized_keys[%zu]: %zu bytes, at most %d", i, key.n, SSH_KEY_MAX);
+        if (memchr(key.p, '\n', key.n) || memchr(key.p, '\r', key.n))
+            return conf_wrong(why, "authorized_keys[%zu]: is more than one line", i);
+    }
+    return 0;
+}
+
 /* The one check that every configuration passes, wherever it was read from. A file need not
  * name a program; then it must not say anything of one. */
 static int conf_check(struct conf *c, struct buf *why)
@@ -1952,7 +1965,8 @@ static int conf_check(struct conf *c, struct buf *why)
     if (!c->entrypoint)
         return conf_wrong(why, "entrypoint: missing");
     if ((c->source == CONF_FILE ? conf_check_file(c, why) : conf_check_wire(c, why)) < 0
-        || conf_check_entrypoint(c, why) < 0 || conf_check_network(c, why) < 0 || conf_check_volumes(c, why) < 0)
+        || conf_check_entrypoint(c, why) < 0 || conf_check_network(c, why) < 0 || conf_check_volumes(c, why) < 0
+        || conf_check_keys(c, why) < 0)
         return -1;
     return 0;
 }
@@ -8421,6 +8435,131 @@ static void data_untaken(struct data *d)
     d->signature = ~d->signature;
 }
 
+/* ==== ssh: the host's keys for root, and a server only when there are any ========= */
+#define SSH_FOLDER      "root/.ssh"         /* below / */
+#define SSH_KEYS        "authorized_keys"
+#define SSH_KEYS_FRESH  "authorized_keys.agent"
+#define SSH_KEYS_BEFORE "authorized_keys.before-agent"
+
+/* Opens /root/.ssh, following no link: -1 and errno. */
+static int ssh_folder(bool make)
+{
+    struct zip_place at = { .root = open("/", O_RDONLY | O_DIRECTORY | O_CLOEXEC), .dir = -1 };
+    int rc = at.root < 0 ? -1 : zip_enter(&at, SPAN(SSH_FOLDER), make);
+
+    fd_close(&at.root);
+    return rc < 0 ? -1 : at.dir;
+}
+
+/* What stands there is kept for ssh_restore_keys, and replaced at once by all of the new. */
+static int ssh_replace_keys(int folder, struct span text)
+{
+    unlinkat(folder, SSH_KEYS_BEFORE, 0);
+    unlinkat(folder, SSH_KEYS_FRESH, 0);
+    int fd = openat(folder, SSH_KEYS_FRESH, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    int rc = fd < 0 ? -1 : fd_write_all(fd, text.p, text.n);
+    fd_close(&fd);
+    if (rc == 0 && linkat(folder, SSH_KEYS, folder, SSH_KEYS_BEFORE, 0) < 0 && errno != ENOENT)
+        rc = -1;
+    if (rc == 0)
+        rc = renameat(folder, SSH_KEYS_FRESH, folder, SSH_KEYS);
+    if (rc < 0) {
+        int saved = errno;
+        unlinkat(folder, SSH_KEYS_FRESH, 0);
+        unlinkat(folder, SSH_KEYS_BEFORE, 0);
+        errno = saved;
+    }
+    return rc;
+}
+
+static int ssh_write_keys(const struct conf *c, struct buf *why)
+{
+    struct buf text = { 0 };
+    int rc = -1, folder = -1;
+
+    if (c->authorized_keys_len == 0)
+        return 0;
+    for (size_t i = 0; i < c->authorized_keys_len; i++) {
+        buf_add_text(&text, c->authorized_keys[i]);
+        buf_add_byte(&text, '\n');
+    }
+    errno = ENOMEM;
+    if (!text.failed && (folder = ssh_folder(true)) >= 0 && fchmod(folder, 0700) == 0)
+        rc = ssh_replace_keys(folder, buf_span(&text));
+    if (rc < 0)
+        rc = conf_wrong(why, "authorized_keys: /" SSH_FOLDER "/" SSH_KEYS ": %s", strerror(errno));
+    fd_close(&folder);
+    buf_fini(&text);
+    return rc;
+}
+
+static void ssh_restore_keys(const struct conf *c)
+{
+    int folder = c->authorized_keys_len > 0 ? ssh_folder(false) : -1;
+
+    if (folder >= 0 && renameat(folder, SSH_KEYS_BEFORE, folder, SSH_KEYS) < 0) {
+        unlinkat(folder, SSH_KEYS, 0);
+        rmdir("/" SSH_FOLDER);          /* unless something else is in it */
+    }
+    fd_close(&folder);
+}
+
+struct ssh {
+    struct child  child;            /* the server, once its host keys are made */
+    struct output output;
+};
+
+/* In the child: makes what the server needs, and becomes it. */
+static int ssh_run(void *arg)
+{
+    char *keygen[] = { SSH_KEYGEN, "-A", NULL }, *server[] = { SSH_SERVER, "-D", "-e", NULL };
+    char *env[] = { "PATH=" PATH_PATH, "HOME=/root", NULL };
+
+    (void)arg;
+    child_signals_default();
+    mkdir("/run/sshd", 0755);
+    pid_t pid = fork();
+    if (pid == 0) {
+        execve(keygen[0], keygen, env);
+        dprintf(2, "%s: %s\n", keygen[0], strerror(errno));
+        _exit(CHILD_EXEC_FAILED);
+    }
+    while (pid > 0 && waitpid(pid, NULL, 0) < 0 && errno == EINTR)
+        continue;
+    execve(server[0], server, env);
+    dprintf(2, "%s: %s\n", server[0], strerror(errno));
+    return CHILD_EXEC_FAILED;
+}
+
+static void ssh_on_exit(struct child *c, int status)
+{
+    struct ssh *s = CONTAINER(c, struct ssh, child);
+    char how[128];
+
+    child_describe(how, sizeof how, status);
+    log_info("sshd %s", how);
+    c->group = 0;                   /* the number may be another's by the time of a halt */
+    output_close(&s->output);
+    output_fini(&s->output);
+}
+
+/* Starts the server, if there is one. Once: it is not started again when it ends. */
+static void ssh_start(struct ssh *s, struct loop *loop, struct children *children)
+{
+    if (access(SSH_SERVER, X_OK) < 0) {
+        log_info("ssh: keys are given, but there is no " SSH_SERVER);
+        return;
+    }
+    int out = output_open(&s->output, loop, "sshd");
+    s->child = (struct child){ .name = "sshd", .on_exit = ssh_on_exit };
+    if (out < 0 || child_spawn(children, &s->child, &(struct spawn){ .run = ssh_run, .fds = { -1, out, out, -1 } }) < 0) {
+        log_errno("sshd");
+        if (out >= 0)
+            output_close(&s->output);
+    }
+    fd_close(&out);
+}
+
 /* ==== setup: a configuration becomes a running program ==========================
  * The steps run in one child, as each can block on a device or works on hostile data, in
  * the order in which a later one may build on an earlier one. The first that fails ends it:
@@ -8500,6 +8639,7 @@ static const struct setup_step setup_steps[] = {
     { "volumes",    vol_mount,          vol_revert },
     { "network",    net_apply,          net_undo },
     { "input data", setup_unpack_data,  setup_remove_data },
+    { "SSH keys",   ssh_write_keys,     ssh_restore_keys },
     { "code",       setup_unpack_code,  setup_remove_code },
 };
 
@@ -8519,6 +8659,7 @@ struct setup {
     struct conf      conf;          /* being applied; once done, only what halt must take back */
     struct job       job;
     struct data      data;
+    struct ssh       ssh;
     int64_t          started_ms;
     enum { SETUP_NONE, SETUP_APPLYING, SETUP_STARTING, SETUP_REVERTING, SETUP_DONE } state;
     struct setup_progress *progress;
@@ -8569,6 +8710,8 @@ static void setup_finish(struct setup *s, bool ok, struct span text, struct span
         s->data.children = s->children;
         s->data.on = s->progress && s->progress->data_walked;
         s->data.signature = s->data.on ? s->progress->data_signature : 0;
+        if (s->is_ours && s->conf.authorized_keys_len > 0)
+            ssh_start(&s->ssh, s->loop, s->children);
         buf_fini(&s->conf.raw);         /* the bulk */
         s->conf.code = s->conf.input_data = (struct span){ 0 };
     } else {
@@ -11927,6 +12070,7 @@ static void agent_halt(struct agent *a, const char *reason, bool off)
     a->flush = (struct job){ .run = halt_flush, .on_done = halt_on_flushed };
     if (boot_is_machine && job_start(&a->flush, &a->loop, &a->children, "flush", limits.halt_ms) < 0)
         log_errno("halt: flush");
+    child_signal(&a->setup.ssh.child, SIGTERM);
     program_stop(&a->program);
 }
 

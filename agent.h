@@ -45,6 +45,8 @@
 #define PATH_LOADING_PAGE "/root/loading.html"  /* the answer while a program does not listen yet */
 #define PATH_DATA       "/data"                 /* where input_data is unpacked */
 #define PATH_API_SOCKET "/tmp/socat-socket"     /* the guest API's address, as programs know it */
+#define SSH_SERVER      "/usr/sbin/sshd"
+#define SSH_KEYGEN      "/usr/bin/ssh-keygen"
 #define PATH_CGROUP     "/sys/fs/cgroup"
 #define PATH_PATH       "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #define PATH_LIBS       "/opt/aleph/libs"       /* PYTHONPATH of every Python program */
@@ -153,6 +155,7 @@ enum frame_type {
 #define CONN_READ_BYTES     (64 << 10)      /* one read, and room kept in an input buffer */
 #define CONN_OUT_HIGH       (128 << 10)     /* past this a client is slow: the program waits */
 #define ALEPH_TAIL_BYTES    64              /* room for a reply's last keys, without their values */
+#define SSH_KEY_MAX         16384           /* bytes of one SSH key */
 #define API_RETRY_MS        20              /* between two tries of the guest API, when few wait */
 #define NODE_FILE_MAX       (256 << 10)     /* .nvmrc and package.json, each */
 #define NODE_PIN_MAX        255             /* characters of the version that a program asks for */
