@@ -24,7 +24,7 @@ check_eq 'T8: nothing listens outside loopback' '' "$(listening)"
 check_eq '15: it could' 'status 0' "$(shell 'mkdir -p /run/sshd; /usr/sbin/sshd -t; echo status $?')"
 
 boot -- $GUEST_NIC
-shell 'rm -f /etc/ssh/ssh_host_*; for k in mine other; do ssh-keygen -q -t ed25519 -N "" -f /tmp/$k; done'
+shell 'rm /etc/ssh/ssh_host_ed25519_key; for k in mine other; do ssh-keygen -q -t ed25519 -N "" -f /tmp/$k; done'
 KEY=$(shell 'cat /tmp/mine.pub')
 start=$(ms)
 check '15: with a key: configured' configure "$APPS/hello" main:app --ip 10.0.2.15/24 --key "$KEY"
