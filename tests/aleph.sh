@@ -49,6 +49,10 @@ undo() {
     peer undone
     after=$(applied)
     check_eq '43: a half applied configuration is undone' "$before" "$after"
+    refused '43: a gateway that the kernel refuses' 1 'network: ipv6_gateway: Invalid argument' \
+        configure "$APPS/hello" main:app --hash beef --dns 192.0.2.53 --ip 192.0.2.7 --route 192.0.2.1 \
+        --ipv6 2001:db8::7/64 --ipv6-gateway ff02::1
+    check_eq '43: what came before it is undone' "$before" "$(applied)"
     guest_ok 'after undone'
 }
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Other hosts than the usual guest: a distribution's own kernel and initramfs, the agent as
-# /init of an initramfs, a machine without PCI, a kernel whose drivers are all there already.
+# /init of an initramfs, a kernel that mounts the root itself, a machine without PCI.
 # And how each kind of request to halt ends the machine.
 TEST_SECONDS=${TEST_SECONDS:-600}   # its image takes some minutes to make
 . "$(dirname "$0")/lib.sh"
@@ -93,6 +93,20 @@ check 'init: no mount hides them' not mounted ' /lib/modules '
 serves init
 ends_by guest-reset 'init: halt' halt
 
+# ---- no initramfs ---------------------------------------------------------------------------
+
+# Of the disks that Debian's kernel knows by itself QEMU has NVMe. Such a kernel mounts the root
+# and nothing else, /dev included.
+true | cpio -o -H newc --quiet >"$T/nothing.cpio"
+KERNEL=(root=/dev/nvme0n1 rootwait agent.log=debug)
+start -initrd "$T/nothing.cpio" -device nvme,serial=1,drive=nvme \
+    -drive "file=$GUEST_IMAGE,format=raw,if=none,id=nvme,readonly=on"
+check 'kernel alone: its root is below an overlay' mounted '^/dev/(root|nvme0n1) /rom ext4 ro'
+check 'kernel alone: /dev' mounted '^devtmpfs /dev devtmpfs'
+assert_console_has 'kernel alone: the agent has loaded what was wanted' 'boot: .* modules'
+serves 'kernel alone'
+ends_by guest-reset 'kernel alone: halt' halt
+
 # ---- a root that is written ----------------------------------------------------------------
 
 # In the background, with a file open, so that only its end makes the file system clean.
@@ -131,7 +145,7 @@ start -initrd "$T/full.cpio" "${SQUASHFS[@]}"
 sleep 2                             # the power button is looked for after a second
 ends_by guest-shutdown 'poweroff of busybox' shell 'busybox poweroff'
 
-# ---- a machine without PCI, a kernel that has it all ----------------------------------------
+# ---- a machine without PCI ------------------------------------------------------------------
 
 # Emulated, this machine has no clock by which the kernel could find the processor's pace.
 GUEST_MACHINE=microvm,rtc=on GUEST_BUS=device

@@ -1101,6 +1101,62 @@ static void test_modules(void)
     log_forget();
 }
 
+static void test_root_options(void)
+{
+    static const struct { const char *words; const char *root, *types, *flags; bool writable; } table[] = {
+        { "console=ttyS0 quiet", "", "", "", false }, { "root=/dev/vdb ro", "/dev/vdb", "", "", false },
+        { "rw root=/dev/vda rootfstype=ext4,xfs rootflags=a=b,c", "/dev/vda", "ext4,xfs", "a=b,c", true },
+        { "rw ro", "", "", "", false }, { "ro rw", "", "", "", true }, { "rwx rot Root=x xroot=y", "", "", "", false },
+        { "root=/dev/vda root=/dev/vdb", "/dev/vdb", "", "", false },
+    };
+
+    EACH(i, table) {
+        char words[128], *word, *rest;
+        struct boot b = { 0 };
+        snprintf(words, sizeof words, "%s", table[i].words);
+        for (word = strtok_r(words, " ", &rest); word; word = strtok_r(NULL, " ", &rest))
+            boot_root_option(&b, word);
+        check_text(table[i].words, table[i].root, b.root);
+        check_text(table[i].words, table[i].types, b.root_types);
+        check_text(table[i].words, table[i].flags, b.root_flags);
+        check(b.root_writable == table[i].writable, "%s: writable", table[i].words);
+    }
+    char longest[ROOT_WORD_MAX + 64] = "root=";
+    struct boot b = { 0 };
+    memset(longest + 5, 'x', sizeof longest - 6);
+    log_forget();
+    boot_root_option(&b, longest);
+    check(strlen(b.root) == ROOT_WORD_MAX - 1, "a word that is too long is cut");
+    check(strstr(log_lines(), "cut at") != NULL, "and the log says so");
+    log_forget();
+}
+
+/* An initramfs is given back: all but one folder, whatever depth that has; links are not followed. */
+static void test_root_discard(void)
+{
+    char top[] = "/tmp/unit.XXXXXX", command[256];
+    struct stat root, keep;
+
+    if (!mkdtemp(top)) {
+        check(false, "mkdtemp: %s", strerror(errno));
+        return;
+    }
+    snprintf(command, sizeof command, "cd %s && mkdir -p in/lib/modules/6.1 in/a/b/c in/.d out && touch in/init in/a/b/c/f "
+             "in/.d/.f in/lib/x in/lib/modules/6.1/m out/f && ln -s ../out in/link && ln -s nowhere in/dangling", top);
+    check(system(command) == 0, "the tree is made");
+    snprintf(command, sizeof command, "%s/in/lib/modules", top);
+    check(stat(command, &keep) == 0, "what is kept is there");
+    snprintf(command, sizeof command, "%s/in", top);
+    int fd = open(command, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    fstat(fd, &root);
+    root_discard_take(fd, &root, &keep);
+    snprintf(command, sizeof command, "cd %s && test \"$(find in out | sort | xargs)\" = "
+             "'in in/lib in/lib/modules in/lib/modules/6.1 in/lib/modules/6.1/m out out/f'", top);
+    check(system(command) == 0, "all else is gone, and nothing outside");
+    snprintf(command, sizeof command, "rm -rf %s", top);
+    check(system(command) == 0, "cleaned");
+}
+
 /* ==== net ======================================================================== */
 
 static void test_hosts(void)
@@ -2117,7 +2173,7 @@ static void test_node_find(void)
 static const struct { const char *name; void (*run)(void); } tests[] = {
     TEST(buf), TEST(span), TEST(log), TEST(log_slow_console), TEST(utf8), TEST(percent), TEST(base32), TEST(number),
     TEST(limits), TEST(mp_heads), TEST(mp_scan), TEST(mp_write), TEST(mp_read), TEST(conf), TEST(conf_json), TEST(conf_network),
-    TEST(conf_volumes), TEST(volumes), TEST(conf_copy), TEST(loop_deadlines), TEST(loop_timeout), TEST(loop_soon), TEST(loop_bury), TEST(modules), TEST(hosts),
+    TEST(conf_volumes), TEST(volumes), TEST(conf_copy), TEST(loop_deadlines), TEST(loop_timeout), TEST(loop_soon), TEST(loop_bury), TEST(modules), TEST(root_options), TEST(root_discard), TEST(hosts),
     TEST(zip), TEST(describe), TEST(output_lines), TEST(output_flood), TEST(address), TEST(interest), TEST(http_heads),
     TEST(http_request), TEST(http_phrases), TEST(response_head), TEST(field_next), TEST(aleph_request), TEST(aleph_text),
     TEST(aleph_deadlines), TEST(forward), TEST(read_faults), TEST(conn_faults), TEST(output_faults), TEST(accept_full),
