@@ -4,9 +4,9 @@
  *   listen  vsock 52 (the supervisor's wire) and 80 (plain HTTP), then tell the host: ready
  *   boot    put a writable overlay over a read-only root, mount what a program needs
  *   wait    meanwhile a Python interpreter warms up
- *   setup   the host sends a configuration: unpack the code, start the program
+ *   setup   the host sends a configuration: mount volumes, unpack the code, start the program
  *   serve   carry requests and events to the program, restart it when it dies
- *   halt    stop the program, sync, answer, reboot(2)
+ *   halt    stop the program, sync, unmount, answer, reboot(2)
  *
  * Rules that always hold:
  *   - One thread, one epoll loop. Once it runs nothing blocks; what must block (unpacking,

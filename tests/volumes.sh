@@ -116,6 +116,17 @@ disks() {
 # volume NAME PATH[:OPTION]…: the option of `configure`.
 volume() { echo "--volume ${DEVICE[$1]}:$2"; }
 
+# peer_configure 'PATH=DEVICE…': as the host, without the agent's own code.
+peer_configure() {
+    "$PYTHON" -B -c '
+import sys
+sys.path.insert(0, sys.argv[1])
+from peer import Peer
+volumes = [dict(zip(("mount", "device"), pair.split("=")), read_only=False) for pair in sys.argv[3].split()]
+reply = Peer(sys.argv[2]).configure(b"", "main:app", "squashfs", volumes=volumes)
+assert reply == {"success": True}, reply' "$TESTS" "$SOCK" "$1"
+}
+
 # mounted_as TYPE PATH OPTION…
 mounted_as() {
     local type=$1 path=$2 option line
@@ -149,7 +160,7 @@ xfs_is_clean() {
 make_disks
 disks plain ext4 ext2 corrupt_squashfs corrupt_ext4 zero swap hostile dirty,readonly=on packages xfs
 boot agent.limit.device_ms=300 -- "${DRIVES[@]}"
-GOOD=(shell 'cat /proc/mounts')
+GOOD=(shell 'exec cat /proc/mounts')
 baseline
 
 wrong '59: a missing device is named' 'volume vdz on /data: there is no disk /dev/vdz' --volume vdz:/data
@@ -164,6 +175,8 @@ wrong '59: the device of the root' 'volume vda on /data: /dev/vda is in use alre
 for place in / /proc /sbin /sys /dev /dev/shm /usr /usr/sbin /etc /run/agent /rom/opt //proc//1; do
     wrong "59: over $place" 'is a place of the system' $(volume ext4 $place:rw)
 done
+refused 'call: a volume without a place' 2 'expected DEVICE:DIR' configure "$FILES" main:app --volume vdb
+refused 'call: an unknown word of a volume' 2 '"ro" is not rw or trusted' configure "$FILES" main:app --volume vdb:/x:ro
 wrong '59: a relative place' 'mount "data" is no absolute path' $(volume ext4 data:rw)
 wrong '59: no place' 'mount "" is no absolute path' $(volume ext4 '')
 wrong '59: a place that climbs' 'mount "/data/../proc" is no absolute path' $(volume ext4 /data/../proc)
@@ -267,8 +280,8 @@ boot -- "${DRIVES[@]}" -drive "$SICK,if=virtio,werror=report,rerror=report"
 DEVICE[sick]=vdh
 refused 'squashfs code: its disk is the code only' 1 'vdb stands twice; vdb is the code' \
     configure - main:app --volume vdb:/x
-check 'squashfs code: configured' configure - main:app $(volume ext4 /a:rw) $(volume ext3 /b:rw) $(volume late /c:rw) \
-    $(volume btrfs /d:rw) $(volume xfs /e:rw) $(volume sick /f:rw)
+check 'squashfs code: configured by the independent peer' peer_configure \
+    "/a=${DEVICE[ext4]} /b=${DEVICE[ext3]} /c=${DEVICE[late]} /d=${DEVICE[btrfs]} /e=${DEVICE[xfs]} /f=${DEVICE[sick]}"
 baseline
 check 'squashfs code: where it is' mounted_as squashfs /opt/code ro nosuid nodev
 check_eq 'squashfs code: folder and sys.path' '/opt/code /opt/code /opt/packages' "$(request /dir)"
