@@ -104,7 +104,7 @@ static void check_conf(struct conf *c)
     struct conf copy;
     struct buf marshalled = { 0 };
 
-    demand(c->entrypoint && (c->source == CONF_FILE || (c->encoding != ENCODING_NONE && c->code.p)),
+    demand(c->entrypoint && (c->source == CONF_FILE || c->encoding == ENCODING_SQUASHFS || (c->encoding != ENCODING_NONE && c->code.p)),
            "accepted without what a program needs");
     demand(strlen(c->hostname) <= HOSTNAME_MAX && !strpbrk(c->hostname, "/ \n"), "a hostname that is none");
     demand(c->code.n <= c->raw.len, "code that is longer than the message");
@@ -115,11 +115,11 @@ static void check_conf(struct conf *c)
     demand(!c->ip || !strpbrk(c->ip, " \n"), "an address");
     demand(conf_copy_program(&copy, c) == 0, "a copy");
     program_marshal(&copy, &marshalled);
-    char **env = program_env(program_env_guest, &copy);
-    size_t n = 0;
-    while (env && env[n])
-        demand(strchr(env[n++], '=') != NULL, "an environment");
-    strings_free(env, n);
+    struct program program = { .conf = copy, .env = program_env_guest, .port = PORT_PROGRAM };
+    char **env = program_env(&program);
+    for (size_t n = 0; env && env[n]; n++)
+        demand(strchr(env[n], '=') != NULL, "an environment");
+    env_free(env);
     buf_fini(&marshalled);
     conf_fini(&copy);
 }

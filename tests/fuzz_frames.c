@@ -257,7 +257,7 @@ static void answer_instruction(struct fuzz f, bool event)
     loop_rest(&l);
     buf_fini(&bytes);
     demand(p.queued == 0 && stream_find(w, 1) && *stream_find(w, 1), "it reached the worker");
-    while (f.n > 0 && w->state != RUNNER_BROKEN)
+    while (f.n > 0 && w->runner.state != RUNNER_BROKEN)
         receive_frame(w, &f);
     worker_fail_all(&w->runner, FAILURE_CRASHED, SPAN("crashed"), SPAN(""));
     for (ssize_t n = 1; n > 0;) {
