@@ -22,6 +22,9 @@ baseline
 peer unchanged changes unfit at_once hung_up too_large too_slow cost too_many
 
 ns_start
+checks_from "$PYTHON" -B "$TESTS/data_peer.py" "$SOCK" executable
+
+ns_start
 check 'data: without /data: configured' configure "$APPS/files" main:app
 first=$(last_process)
 second=$(last_process)

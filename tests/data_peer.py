@@ -61,6 +61,30 @@ def configure():
     check("data: configured", answer == {"success": True}, answer)
 
 
+SERVER = """
+import http.server
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path != "/":
+            with open("/data" + self.path, "w") as file:
+                file.write("by an executable")
+        self.send_response(204)
+        self.end_headers()
+
+http.server.HTTPServer(("127.0.0.1", 8080), Handler).serve_forever()
+"""
+
+
+def executable():
+    answer = peer.configure(zipped({"serve.py": SERVER}), "serve.py", interface="executable", input_data=zipped({"in": "x"}))
+    check("data: an executable: configured", answer == {"success": True}, answer)
+    check("data: an executable: nothing yet", get() is None)
+    data = contents(reply("/out")["output_data"])
+    check("data: an executable's reply carries it too", data == {"in": b"x", "out": b"by an executable"}, data)
+    check("10: an executable: once", get() is None)
+
+
 def unchanged():
     check("10: input data alone is not sent back", get() is None)
     data = contents(write("/data/out", b"first"))

@@ -35,6 +35,7 @@ start=$(ms)
 check_eq "guest API: $BYTES bytes while 20 others do the same" "$(all_of 21)" "$(request /get/21)"
 echo "   in $(($(ms) - start)) ms"
 check_eq '71: 100 at once' "$(all_of 100)" "$(request /get/100)"
+check_eq '71: half-close by the program' "$(all_of 1)" "$(request /half)"
 guest_ok '71: well afterwards'
 check '71: no connection is left' wait_for 5 has_descriptors "$BEFORE"
 
