@@ -26,15 +26,8 @@ processor_ms() { shell 'cat /proc/1/stat' | awk '{ print ($14 + $15) * 10 }'; }
 
 # ---- the example ---------------------------------------------------------------------------
 
-cat >"$T/bad.json" <<'END'
-{
-  "entrypoint": "main:app",
-  "code": "/opt/code"
-  "log": "debug"
-}
-END
 start_with "$EXAMPLES/agent.json etc/agent.json" "$EXAMPLES/hello-python/main.py opt/code/main.py" \
-    "$T/bad.json etc/bad.json" -- agent.log=debug agent.limit.http_body_bytes=20
+    -- agent.log=debug agent.limit.http_body_bytes=20
 check 'example: vsock 80 answers, nobody has configured it' wait_for 60 serves
 check_eq 'example: by its program' 'Hello from Python. You asked for /x' "$(http /x)"
 before=$(processor_ms)
@@ -47,19 +40,48 @@ hear_ready "$SOCK"
 await_ready 20
 check_match 'example: whoever listens later hears ready' version "$(cat "$GUEST/ready")"
 refused 'example: a configuration is refused' 1 'this machine is configured already' configure "$APPS/hello" main:app
-shell 'for p in /proc/[0-9]*; do ! grep -qs worker.py $p/cmdline || kill -9 ${p#/proc/}; done'
-assert_console_has 'example: its program is started again' 'main:app: serving again'
-check_eq 'example: and answers' 'Hello from Python. You asked for /y' "$(http /y)"
 check 'example: it can be halted' halt
 
-# ---- a file that makes no sense ------------------------------------------------------------
+# ---- a machine in all -----------------------------------------------------------------------
 
-start_with "$T/bad.json etc/bad.json" -- agent.config=/etc/bad.json
-hear_ready "$SOCK"
-await_ready 60
-assert_console_has 'bad file: the console says where' '/etc/bad.json: line 4: '
-check_match 'bad file: so does port 80, with 503' '503' "$(http / -w '%{http_code}')"
-check_match 'bad file: with the reason' '/etc/bad.json: line 4: ' "$(cat "$T/check.out"; http /)"
-refused 'bad file: and port 52' 1 '/etc/bad.json: line 4: ' request /
-check 'bad file: a configuration is accepted' configure "$APPS/hello" main:app
-check_eq 'bad file: and served' hello "$(http /)"
+cat >"$T/machine.json" <<'END'
+{
+  "entrypoint": "run.sh a", "args": ["b c"], "variables": {"A": "1"},
+  "hostname": "machine", "ip": "10.0.2.15/24", "dns_servers": ["10.0.2.3"],
+  "listen": ["vsock:80", "tcp:10.0.2.15:8081", "unix:/run/late.sock"]
+}
+END
+start_with "$T/machine.json etc/machine.json" "$APPS/process/run.sh opt/code/run.sh" "$APPS/process/server.py opt/code/server.py" \
+    "$APPS/process/main.py opt/code/main.py" -- agent.config=/etc/machine.json -- $GUEST_NIC
+ASK='import http.client, socket, sys
+c = http.client.HTTPConnection("x")
+c.sock = socket.socket(socket.AF_INET if len(sys.argv) > 2 else socket.AF_UNIX)
+c.sock.connect((sys.argv[1], int(sys.argv[2])) if len(sys.argv) > 2 else sys.argv[1])
+c.request("GET", "/facts")
+print(c.getresponse().read().decode())'
+# In the guest: the body that an address answers with: ask PATH, ask HOST PORT.
+ask() { shell "echo $(base64 -w 0 <<<"$ASK") | base64 -d | python3 - $* 2>&1"; }
+fact() { http /facts | "$PYTHON" -c "import json, sys; F = json.load(sys.stdin); print($1)"; }
+check 'machine: an executable' wait_for 60 serves
+check_eq 'machine: its arguments' "['a', 'b c']" "$(fact 'F["args"]')"
+check_eq 'machine: its port and variable' '8080 1' "$(fact 'F["env"]["PORT"] + " " + F["env"]["A"]')"
+check_eq 'machine: the hostname' machine "$(shell 'cat /proc/sys/kernel/hostname')"
+check_eq 'machine: name servers' 'nameserver 10.0.2.3' "$(shell 'cat /etc/resolv.conf')"
+check_match 'machine: a path of a folder that boot mounts' '"b c"' "$(ask /run/late.sock)"
+check_match 'machine: an address that setup gives' '"b c"' "$(ask 10.0.2.15 8081)"
+
+# ---- a process in a machine: an instance -------------------------------------------------------
+
+# Its program's port is one of its own: 8080 is the machine's.
+shell 'setsid -f /usr/sbin/init run --listen vsock:81 --wire vsock:54 --env A=2 /opt/code server.py >/tmp/run.log 2>&1; sleep 1'
+spawn "$GUEST/forward81.log" "$AGENT" forward "unix:$GUEST/81.sock" "hybrid:$SOCK:81"
+HTTP=$GUEST/81.sock
+check 'instance: a process serves vsock' wait_for 60 serves
+serves || shell 'cat /tmp/run.log'
+check_eq 'instance: its own program, on a port of its own' '2 True' "$(fact 'F["env"]["A"], F["env"]["PORT"] != "8080"' | tr -d "(),'")"
+HTTP=$GUEST/http.sock
+check_eq 'instance: beside the machine that it is in' 1 "$(fact 'F["env"]["A"]')"
+check 'instance: halt on its wire' timeout 60 "$AGENT" call "hybrid:$SOCK:54" halt
+check_eq 'instance: ends it and not the machine' 1 "$(fact 'F["env"]["A"]')"
+HTTP=$GUEST/81.sock
+check 'instance: it is gone' not serves
