@@ -12365,7 +12365,9 @@ static void agent_option(struct options *o, const char *word)
         wrong = settings_add_limit(&o->told, word + 12);
     else if (strncmp(word, "agent.log=", 10) == 0)
         wrong = settings_set_log(&o->told, word + 10);
-    else if (strncmp(word, "agent.config=/", 14) == 0)
+    else if (strncmp(word, "agent.config=", 13) == 0 && word[13] != '/')
+        wrong = "expected an absolute path";
+    else if (strncmp(word, "agent.config=", 13) == 0)
         o->config = span_dup(span_of(word + 13));
     else if (strncmp(word, "agent.", 6) == 0)
         wrong = "no such option";
@@ -12747,7 +12749,7 @@ static const char *run_check(struct agent *a)
 static void run_descriptors(void)
 {
     struct rlimit files;
-    struct stat st;
+    struct stat st = { 0 };
 
     boot_descriptors();
     if (fstat(2, &st) == 0 && S_ISSOCK(st.st_mode))
