@@ -5214,6 +5214,13 @@ static int listener_bind(struct listener *l)
     return fd;
 }
 
+static void listener_close(struct listener *l)
+{
+    loop_want(l->all->loop, &l->watch, 0);
+    loop_never(l->all->loop, &l->watch);    /* it may wait for a descriptor */
+    fd_close(&l->watch.fd);
+}
+
 /* l->address, all, on_accept, arg are set by the caller. Whoever connects waits until
  * listener_start. 0, or -1 and errno. */
 static int listener_open(struct listener *l)
@@ -7854,7 +7861,7 @@ static void program_say_loading(struct program *p, struct exchange *ex)
     char text[96];
 
     snprintf(text, sizeof text, "the program does not listen on port %u yet", p->port);
-    if (!ex->request.is_event && file_load(PATH_LOADING_PAGE, &page, LOADING_PAGE_MAX) == 0)
+    if (!ex->request.is_event && file_load_regular(PATH_LOADING_PAGE, &page, LOADING_PAGE_MAX) == 0)
         exchange_answer(ex, 503, (struct span){ fields, sizeof fields }, 3, buf_span(&page));
     else
         exchange_fail(ex, FAILURE_NOT_STARTED, span_of(text), SPAN(""));
@@ -10826,8 +10833,7 @@ static void bridge_offer(struct bridge *b)
             && st.st_ctim.tv_sec == made->st_ctim.tv_sec && st.st_ctim.tv_nsec == made->st_ctim.tv_nsec)
             return;
         log_info("guest API: " PATH_API_SOCKET " was %s: it is made again", there ? "changed" : "removed");
-        loop_want(b->conns.loop, &b->listener.watch, 0);
-        fd_close(&b->listener.watch.fd);
+        listener_close(&b->listener);
     }
     mkdir("/tmp", 01777);
     if (!address_parse(&b->listener.address, "unix:" PATH_API_SOCKET) || listener_open(&b->listener) < 0

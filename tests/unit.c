@@ -1916,8 +1916,13 @@ static void test_accept_full(void)
         bench_run(&b);
         check_number("it goes on when it can", 1, accepted);
         close(fd);
-        loop_want(&b.loop, &l.watch, 0);
-        close(l.watch.fd);
+        fd = socket(AF_UNIX, SOCK_STREAM, 0);
+        check(connect(fd, (void *)&l.address.sa, l.address.sa_len) == 0, "connect");
+        fault_times = 1;
+        bench_run(&b);
+        listener_close(&l);         /* while it waits */
+        check_number("closed, it has no deadline", 0, (int64_t)b.loop.heap_len);
+        close(fd);
         bench_fini(&b);
     }
     unlink(text + 5);
@@ -1945,8 +1950,7 @@ static void test_accept_interrupted(void)
         bench_run(&b);
         check_number(strerror(errors[i]), 1, accepted);
         close(fd);
-        loop_want(&b.loop, &l.watch, 0);
-        close(l.watch.fd);
+        listener_close(&l);
         bench_fini(&b);
     }
     unlink(text + 5);
