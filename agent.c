@@ -8491,7 +8491,8 @@ static int ssh_write_keys(const struct conf *c, struct buf *why)
         buf_add_byte(&text, '\n');
     }
     errno = ENOMEM;
-    if (!text.failed && (folder = ssh_folder(true)) >= 0 && fchmod(folder, 0700) == 0)
+    if (!text.failed && (folder = ssh_folder(true)) >= 0 && fchown(folder, 0, 0) == 0
+        && fchmod(folder, 0700) == 0)
         rc = ssh_replace_keys(folder, buf_span(&text));
     if (rc < 0)
         rc = conf_wrong(why, "authorized_keys: /" SSH_FOLDER "/" SSH_KEYS ": %s", strerror(errno));
@@ -10824,10 +10825,10 @@ static void bridge_init(struct bridge *b, struct loop *loop)
 static void bridge_offer(struct bridge *b)
 {
     struct stat st, *made = &b->made;
-    bool there = lstat(PATH_API_SOCKET, &st) == 0;
 
     if (!b->pumps.target.text)
         return;
+    bool there = lstat(PATH_API_SOCKET, &st) == 0;
     if (b->listener.watch.fd >= 0) {
         if (there && st.st_dev == made->st_dev && st.st_ino == made->st_ino
             && st.st_ctim.tv_sec == made->st_ctim.tv_sec && st.st_ctim.tv_nsec == made->st_ctim.tv_nsec)
@@ -10835,7 +10836,8 @@ static void bridge_offer(struct bridge *b)
         log_info("guest API: " PATH_API_SOCKET " was %s: it is made again", there ? "changed" : "removed");
         listener_close(&b->listener);
     }
-    mkdir("/tmp", 01777);
+    if (mkdir("/tmp", 0777) == 0)
+        chmod("/tmp", 01777);           /* whatever the umask */
     if (!address_parse(&b->listener.address, "unix:" PATH_API_SOCKET) || listener_open(&b->listener) < 0
         || lstat(PATH_API_SOCKET, made) < 0)
         log_errno("guest API: " PATH_API_SOCKET);
