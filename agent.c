@@ -2693,7 +2693,8 @@ static int cgroup_mount(void)
 /* What protects PID 1 from its tenant, and from being chosen when memory ends. */
 static void boot_protect(void)
 {
-    struct rlimit files = { (rlim_t)limits.conns + 1024, (rlim_t)limits.conns + 1024 };
+    rlim_t most = 2 * (rlim_t)limits.conns + 1024;      /* each may have its other end at the program */
+    struct rlimit files = { most, most };
 
     prctl(PR_SET_DUMPABLE, 0);
     if (file_set("/proc/self/oom_score_adj", "-1000") < 0)
