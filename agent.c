@@ -2904,6 +2904,7 @@ static int etc_cover(const char *path, struct span text)
     return -1;
 }
 
+/* At any instant there is a file: a root may be written and its machine lose power. */
 static int etc_replace(const char *path, struct span text)
 {
     char fresh[64], before[64];
@@ -2912,8 +2913,8 @@ static int etc_replace(const char *path, struct span text)
     snprintf(before, sizeof before, "%s" ETC_BEFORE, path);
     mkdir("/etc", 0755);
     int rc = file_write(fresh, text.p, text.n, 0644);
-    if (rc == 0 && rename(path, before) < 0)
-        rc = errno == ENOENT ? file_write(before, "", 0, 0644) : -1;
+    if (rc == 0 && link(path, before) < 0)
+        rc = errno == ENOENT ? file_write(before, "", 0, 0644) : rename(path, before);
     if (rc == 0)
         rc = rename(fresh, path);
     return rc < 0 && (errno == EROFS || errno == EBUSY) ? etc_cover(path, text) : rc;
