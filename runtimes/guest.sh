@@ -26,6 +26,7 @@ MODULES_EXTRA='vsock_loopback virtio_mmio ext4 btrfs xfs button evdev'
 
 GUEST_MEMORY=${GUEST_MEMORY:-1024M}
 GUEST_CPUS=${GUEST_CPUS:-1}
+GUEST_EMULATOR=qemu-system-x86_64
 GUEST_MACHINE=q35           # or microvm, whose GUEST_BUS is `device`: virtio by MMIO, no PCI
 GUEST_BUS=pci
 GUEST_ARGS='console=ttyS0 reboot=k panic=1 swiotlb=noforce random.trust_cpu=on loglevel=4 cryptomgr.notests ro'
@@ -313,7 +314,7 @@ guest_qemu() {
     kvm) set -- -accel kvm -cpu host "$@" ;;
     *) set -- -accel tcg,thread=multi -cpu max "$@" ;;
     esac
-    spawn "$GUEST/qemu.log" qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none \
+    spawn "$GUEST/qemu.log" "$GUEST_EMULATOR" -nodefaults -no-user-config -no-reboot -display none \
         -machine "$GUEST_MACHINE,memory-backend=mem" -smp "$GUEST_CPUS" -m "$GUEST_MEMORY" \
         -object "memory-backend-memfd,id=mem,size=$GUEST_MEMORY,share=on" \
         -chardev "file,id=console,path=$GUEST/console" -serial chardev:console \

@@ -8,17 +8,6 @@ TEST_SECONDS=${TEST_SECONDS:-600}   # its image takes some minutes to make
 GUEST_MEMORY=512M
 GOOD=(request /)
 
-# initramfs PATH MODULE…: nothing but the agent as /init and kernel modules.
-initramfs() {
-    local path=$1 tree=$1.tree
-    shift
-    mkdir -p "$tree"
-    cp "$AGENT" "$tree/init"
-    [ $# = 0 ] || guest_pick_modules "$GUEST_KERNEL" "$tree" "$@"
-    (cd "$tree" && find . | cpio -o -H newc --quiet -R 0:0) >"$path"
-    rm -r "$tree"
-}
-
 # ends_by REASON NAME COMMAND…: the command ends the machine, and QEMU says that reason for it:
 # guest-shutdown is power off, guest-reset reboot.
 ends_by() {

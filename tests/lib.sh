@@ -158,6 +158,17 @@ start_guest() {
 # Arguments for `boot --` that give the guest an eth0, which leads nowhere.
 GUEST_NIC='-netdev user,id=net,restrict=on -device virtio-net-pci,netdev=net,romfile='
 
+# initramfs PATH MODULE…: nothing but the agent as /init and kernel modules.
+initramfs() {
+    local path=$1 tree=$1.tree
+    shift
+    mkdir -p "$tree"
+    cp "$AGENT" "$tree/init"
+    [ $# = 0 ] || guest_pick_modules "$GUEST_KERNEL" "$tree" "$@"
+    (cd "$tree" && find . | cpio -o -H newc --quiet -R 0:0) >"$path"
+    rm -r "$tree"
+}
+
 new_guest() {
     guest_image "$TEST_IMAGE" >&2
     new_folder
