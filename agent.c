@@ -12413,6 +12413,7 @@ static void agent_boot_early(struct agent *a)
     if (!agent_is_sandboxed(a)) {
         boot_stage(b, "proc, dev, console");
         agent_read_command_line(a);
+        settings_apply(&a->options.told);
         boot_stage(b, "command line");
         if (boot_is_initramfs(a->name))
             boot_root(b);

@@ -24,7 +24,7 @@ check_eq 'program: in its folder' /opt/code "$(fact 'F["cwd"]')"
 check_eq 'program: its variable' file "$(fact 'F["env"]["A"]')"
 check_eq 'program: a hostname is not an address of the network' False "$(fact '"ALEPH_ADDRESS_TO_USE" in F["env"]')"
 check_eq 'program: the hostname' h-1.example "$(shell 'cat /proc/sys/kernel/hostname')"
-assert_console_has 'program: the level of the log' 'boot: .* prewarm'
+assert_console_has 'program: the level of the log' '[0-9]  prewarm'
 check_eq 'program: the command line wins' 200 "$(http /body -o "$T/body" -w '%{http_code}' --data-binary 123456789012345)"
 refused 'program: a limit of the file' 1 'larger than the limit' request /body -d "$(printf 'x%.0s' {1..3000})"
 refused 'program: a configuration is refused' 1 'this machine is configured already' configure "$APPS/hello" main:app

@@ -14,8 +14,8 @@ trap 'exit 130' INT TERM
 
 # Not a test, or with a home of their own above.
 is_test() { [[ $1 != lib && $1 != run ]]; }
-is_for_guests() { grep -qsE '^[^#]*\b(boot|start_guest)\b' "tests/$1.sh"; }
-is_for_namespaces() { grep -qsE '^[^#]*\bns_start\b' "tests/$1.sh"; }
+is_for_guests() { grep -qsE '^[^#]*\b(boot|start_guest|new_guest)\b' "tests/$1.sh"; }
+needs_no_guest() { grep -qsE '^[^#]*(\bns_start\b|"\$AGENT" run\b)' "tests/$1.sh"; }
 # The head of a script says whether it disturbs others, or minds being disturbed.
 runs_alone() { sed '/^[^#]/q' "tests/$1.sh" 2>/dev/null | grep -q 'Runs alone'; }
 
@@ -99,7 +99,7 @@ run_one() {
         echo "FAIL $name: no guest can be booted" >"$LOGS/$name.log"
     else
         run_script "$name" bash "tests/$name.sh"
-        if is_for_namespaces "$name" && ! is_for_guests "$name" && [ -x out/debug/agent ]; then
+        if needs_no_guest "$name" && ! is_for_guests "$name" && [ -x out/debug/agent ]; then
             AGENT=out/debug/agent run_script "$name (sanitizers)" bash "tests/$name.sh"
         fi
     fi
