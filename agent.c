@@ -12877,7 +12877,7 @@ static const char usage[] =
     "\n"
     "Kernel command line: agent.config=PATH instead of " PATH_CONF ", agent.log=debug,\n"
     "agent.limit.NAME=VALUE (README.md has the names).\n"
-    "Exit codes: 0 done, 1 failed, 2 wrong usage.\n";
+    "Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.\n";
 
 int main(int argc, char **argv)
 {

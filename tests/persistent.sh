@@ -47,12 +47,16 @@ check 'example: it can be halted' halt
 cat >"$T/machine.json" <<'END'
 {
   "entrypoint": "run.sh a", "args": ["b c"], "variables": {"A": "1"},
+  "volumes": [{"mount": "/var/kept", "device": "vdb", "read_only": false}],
   "hostname": "machine", "ip": "10.0.2.15/24", "dns_servers": ["10.0.2.3"],
   "listen": ["vsock:80", "tcp:10.0.2.15:8081", "unix:/run/late.sock"]
 }
 END
+truncate -s 16M "$T/kept"
+mke2fs -q -t ext4 "$T/kept"
 start_with "$T/machine.json etc/machine.json" "$APPS/process/run.sh opt/code/run.sh" "$APPS/process/server.py opt/code/server.py" \
-    "$APPS/process/main.py opt/code/main.py" -- agent.config=/etc/machine.json -- $GUEST_NIC
+    "$APPS/process/main.py opt/code/main.py" -- agent.config=/etc/machine.json -- $GUEST_NIC \
+    -drive "file=$T/kept,format=raw,if=virtio"
 ASK='import http.client, socket, sys
 c = http.client.HTTPConnection("x")
 c.sock = socket.socket(socket.AF_INET if len(sys.argv) > 2 else socket.AF_UNIX)
@@ -67,6 +71,7 @@ check_eq 'machine: its arguments' "['a', 'b c']" "$(fact 'F["args"]')"
 check_eq 'machine: its port and variable' '8080 1' "$(fact 'F["env"]["PORT"] + " " + F["env"]["A"]')"
 check_eq 'machine: the hostname' machine "$(shell 'cat /proc/sys/kernel/hostname')"
 check_eq 'machine: name servers' 'nameserver 10.0.2.3' "$(shell 'cat /etc/resolv.conf')"
+check_match 'machine: a volume' '^/dev/vdb /var/kept ext4 rw' "$(shell 'cat /proc/mounts')"
 check_match 'machine: a path of a folder that boot mounts' '"b c"' "$(ask /run/late.sock)"
 check_match 'machine: an address that setup gives' '"b c"' "$(ask 10.0.2.15 8081)"
 

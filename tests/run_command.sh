@@ -88,6 +88,24 @@ check_signals() {
 
 serves_again() { grep -q 'serving again' "$T/log" && [ "$(http / 2>/dev/null)" = hello ]; }
 
+# A socket that another process has opened, as systemd does for a unit with a .socket file.
+check_inherited() {
+    cat >"$T/activate.py" <<'END'
+import os, socket, sys
+s = socket.socket(socket.AF_UNIX)
+s.bind(sys.argv[1])
+s.listen()
+os.dup2(s.fileno(), 77)
+os.set_inheritable(77, True)
+os.execv(sys.argv[2], sys.argv[2:])
+END
+    WITH="$PYTHON $T/activate.py $T/tmp/inherited" start --listen fd:77 "$PROGRAM" main:app
+    check_eq 'fd: an inherited socket is served' hello "$(curl -sS --max-time 20 --unix-socket "$T/tmp/inherited" http://x/)"
+    check_eq 'fd: and not handed on' False "$(fact '77 in F["fds"]')"
+    finish
+    rm "$T/tmp/inherited"
+}
+
 # The agent is killed: a program does not stay without one.
 check_killed() {
     start "$PROGRAM" main:app
@@ -240,6 +258,7 @@ check_unit() {
 
 check_process
 check_signals
+check_inherited
 check_killed
 check_orphans
 check_failures
