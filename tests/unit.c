@@ -1757,6 +1757,7 @@ static void test_forward(void)
 {
     static const char hello[] = "OK 1073741824\nhello";
     struct relay r;
+    char byte;
 
     for (size_t piece = 1; piece < sizeof hello; piece += 6) {
         relay_open(&r);
@@ -1767,12 +1768,30 @@ static void test_forward(void)
         check_text("what was early arrives", "early", bench_answer(r.far));
         shutdown(r.near, SHUT_WR);
         bench_run(&r.bench);
-        char byte;
         check(read(r.far, &byte, 1) == 0, "an end is passed on");
         bench_send(&r.bench, r.far, SPAN("late"), 4);
         check_text("the other direction goes on", "late", bench_answer(r.near));
         relay_close(&r);
     }
+    relay_open(&r);
+    bench_send(&r.bench, r.near, SPAN("last words"), 10);
+    close(r.near);
+    r.near = -1;
+    bench_run(&r.bench);
+    bench_send(&r.bench, r.far, SPAN("OK 1\n"), 5);
+    check_text("what was said by who has gone arrives", "last words", bench_answer(r.far));
+    check(recv(r.far, &byte, 1, 0) == 0, "and its end");
+    relay_close(&r);
+    relay_open(&r);
+    bench_send(&r.bench, r.far, SPAN("OK 1\nno more"), 12);
+    shutdown(r.far, SHUT_RD);
+    bench_send(&r.bench, r.near, SPAN("a long upload"), 1);
+    close(r.far);
+    r.far = -1;
+    bench_run(&r.bench);
+    check_text("an answer in the middle of an upload arrives", "no more", bench_answer(r.near));
+    check(recv(r.near, &byte, 1, 0) == 0, "and its end");
+    relay_close(&r);
     static const char *const refusals[] = { "NO\n", "OK", "", "OKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOKOK" };
     int quiet = open("/dev/null", O_WRONLY), err = dup(2);
     dup2(quiet, 2);
@@ -1781,7 +1800,6 @@ static void test_forward(void)
         bench_send(&r.bench, r.far, span_of(refusals[i]), 100);
         shutdown(r.far, SHUT_WR);
         bench_run(&r.bench);
-        char byte;
         check(recv(r.near, &byte, 1, 0) == 0, "refusal %zu ends the connection", i);
         relay_close(&r);
     }
