@@ -8199,6 +8199,8 @@ struct job {
     struct watch timer;
     struct loop *loop;
     char        *report;            /* JOB_REPORT_BYTES, shared; "" = success */
+    int64_t      ms;                /* its time */
+    bool         late, killed;      /* it took longer; it ended without a word of its own */
     int        (*run)(void *arg, struct buf *why);
     void        *arg;
     void       (*on_done)(struct job *, bool ok, struct span report);
@@ -8228,8 +8230,11 @@ static void job_on_exit(struct child *c, int status)
     munmap(j->report, JOB_REPORT_BYTES);
     j->report = NULL;
     bool ok = WIFEXITED(status) && WEXITSTATUS(status) == 0;
-    if (!ok && report[0] == '\0') {
+    j->killed = !ok && report[0] == '\0';
+    if (j->killed) {
         child_describe(how, sizeof how, status);
+        if (j->late)
+            snprintf(how, sizeof how, "took longer than %" PRId64 " ms", j->ms);
         snprintf(report, sizeof report, "%s %s", c->name, how);
     }
     j->on_done(j, ok, ok ? SPAN("") : span_of(report));
@@ -8239,6 +8244,7 @@ static void job_on_deadline(struct watch *t)
 {
     struct job *j = CONTAINER(t, struct job, timer);
     log_info("%s: took too long: killed", j->child.name);
+    j->late = true;
     child_signal(&j->child, SIGKILL);
 }
 
@@ -8246,6 +8252,8 @@ static void job_on_deadline(struct watch *t)
 static int job_start(struct job *j, struct loop *loop, struct children *children, const char *name, int64_t ms)
 {
     j->loop = loop;
+    j->ms = ms;
+    j->late = false;
     j->child = (struct child){ .name = name, .on_exit = job_on_exit };
     j->timer = (struct watch){ .fd = -1, .on_deadline = job_on_deadline };
     j->report = mmap(NULL, JOB_REPORT_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -8562,7 +8570,7 @@ static void ssh_start(struct ssh *s, struct loop *loop, struct children *childre
     }
     int out = output_open(&s->output, loop, "sshd");
     s->child = (struct child){ .name = "sshd", .on_exit = ssh_on_exit };
-    if (out < 0 || child_spawn(children, &s->child, &(struct spawn){ .run = ssh_run, .fds = { -1, out, out, -1 } }) < 0) {
+    if (out < 0 || child_spawn(children, &s->child, &(struct spawn){ .run = ssh_run, .fds = { -1, out, out, -1, -1 } }) < 0) {
         log_errno("sshd");
         if (out >= 0)
             output_close(&s->output);
@@ -8655,7 +8663,7 @@ static const struct setup_step setup_steps[] = {
 
 /* What the child tells while it works, in memory that both share. */
 struct setup_progress {
-    size_t  done;                   /* steps, from the first */
+    size_t  done;                   /* steps, from the first, with the one that it is at */
     int64_t us[COUNT(setup_steps)]; /* each one's time */
     bool     data_walked;
     uint64_t data_signature;        /* of /data before the program runs */
@@ -8685,10 +8693,12 @@ static int setup_apply(void *arg, struct buf *why)
 
     for (size_t i = 0; i < COUNT(setup_steps); i++) {
         int64_t start_us = kernel_us();
-        if (setup_steps[i].apply(&s->conf, why) < 0)
-            return -1;
-        s->progress->us[i] = kernel_us() - start_us;
         s->progress->done = i + 1;
+        if (setup_steps[i].apply(&s->conf, why) < 0) {
+            s->progress->done = i;
+            return -1;
+        }
+        s->progress->us[i] = kernel_us() - start_us;
     }
     if (data_look(&data, why) < 0) {
         log_info("output data: none: %s", buf_text(why));
@@ -8780,9 +8790,13 @@ static void setup_on_applied(struct job *j, bool ok, struct span report)
 {
     struct setup *s = CONTAINER(j, struct setup, job);
     struct conf program = { 0 };
+    char text[256];
 
     if (s->program->state != PROGRAM_NONE) {    /* when halting nothing of it outlives the machine */
         setup_finish(s, false, SPAN("the machine is halting"), SPAN(""));
+    } else if (!ok && j->killed && s->progress->done > 0) {
+        snprintf(text, sizeof text, "%s: %.*s", setup_steps[s->progress->done - 1].name, (int)report.n, report.p);
+        setup_fail(s, span_of(text), SPAN(""));
     } else if (!ok) {
         setup_fail(s, report, SPAN(""));
     } else if (conf_copy_program(&program, &s->conf) < 0) {

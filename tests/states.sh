@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Executables, which say nothing of themselves, in each state: what becomes of requests and of
-# halt while one starts, does not listen yet, is late, has ended, is started again.
+# What becomes of requests, of halt, of another configuration in each state: while a
+# configuration is applied, while an executable, which says nothing of itself, starts, does not
+# listen yet, is late, has ended, is started again.
 . "$(dirname "$0")/lib.sh"
 
 mkdir "$T/programs"
@@ -73,3 +74,27 @@ check 'ended: it is started again' wait_for 5 eval '[ -n "$(shell "pidof sleep")
 ask
 halts 'started again'
 answered 'started again' 503 '^the machine is halting$'
+
+# ---- a configuration that takes too long ------------------------------------------------------
+
+need strace
+mkdir "$T/input"
+touch "$T"/input/{1..40}
+is_at_input() { [ -e "/proc/$PID1/root/data/1" ]; }
+
+# Every file that is opened takes 100 ms more.
+ns_start --limit start_ms=2000
+strace -f -qq -o /dev/null -p "$PID1" -e trace=openat -e inject=openat:delay_enter=100000 &
+STRACE=$!
+wait_for 5 grep -q 'TracerPid:.[1-9]' "/proc/$PID1/status"
+configure "$APPS/hello" main:app --input "$T/input" >"$T/configured" 2>&1 &
+CONFIGURING=$!
+check 'too long: it is at its input data' wait_for 10 is_at_input
+refused 'too long: another one meanwhile' 1 'another configuration is being applied' configure "$APPS/hello" main:app
+check 'too long: it fails' not wait "$CONFIGURING"
+check_eq 'too long: the step is named' 'input data: setup took longer than 2000 ms' "$(cat "$T/configured")"
+kill "$STRACE"
+wait "$STRACE" || true
+check_eq 'too long: what it had unpacked is gone' '' "$(shell 'ls /data')"
+check 'too long: the next one is applied' configure "$APPS/hello" main:app
+check_eq 'too long: and serves' hello "$(request /)"
