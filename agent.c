@@ -3931,8 +3931,8 @@ static int zip_pack_start(struct zip_pack *p, mode_t mode)
     };
 
     if (zipOpenNewFileInZip4_64(p->file, name.p, &info, NULL, 0, NULL, 0, NULL,
-            S_ISREG(mode) ? Z_DEFLATED : 0, Z_DEFAULT_COMPRESSION, 0, -MAX_WBITS, DEF_MEM_LEVEL,
-            Z_DEFAULT_STRATEGY, NULL, 0, 3 << 8 | 20 /* made on Unix */, 0x0800 /* UTF-8 */, 0))
+            S_ISREG(mode) ? Z_DEFLATED : 0, p->whole ? Z_BEST_SPEED : Z_DEFAULT_COMPRESSION /* a reply waits */,
+            0, -MAX_WBITS, DEF_MEM_LEVEL, Z_DEFAULT_STRATEGY, NULL, 0, 3 << 8 | 20 /* made on Unix */, 0x0800 /* UTF-8 */, 0))
         return zip_pack_full(p);
     return 0;
 }
