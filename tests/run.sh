@@ -23,7 +23,7 @@ seconds_for() {
     case $1 in
     build) echo 900 ;;
     fuzz) echo 600 ;;               # it compiles the agent once for each target
-    halt) echo 600 ;;               # it boots a guest for each halt
+    halt | volumes) echo 600 ;;     # a guest for each halt; many bad disks
     hosts) echo 600 ;;              # it may wait for its own image
     *) echo 300 ;;
     esac

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Volumes in real guests: what is mounted where and how, clean file systems after halt, threat
 # T6 and items 59 to 61 of the list of bad inputs, code on a disk of its own.
+TEST_SECONDS=${TEST_SECONDS:-600}
 . "$(dirname "$0")/lib.sh"
 
 need e2fsprogs squashfs-tools btrfs-progs xfsprogs
