@@ -16,10 +16,15 @@ peer() {
 last_process() { shell 'cat /proc/loadavg' | awk '{ print $5 }'; }
 
 GOOD=(request /)
-ns_start --limit reply_bytes=4194304 --limit data_ms=1000 --limit zip_entries=2000
+ns_start --limit reply_bytes=4194304 --limit zip_entries=2000
 peer configure
 baseline
-peer unchanged changes unfit at_once hung_up too_large too_slow cost too_many
+peer unchanged changes unfit at_once hung_up too_large cost too_many
+
+ns_start --limit data_ms=200
+peer configure
+baseline
+peer too_slow
 
 ns_start
 checks_from "$PYTHON" -B "$TESTS/data_peer.py" "$SOCK" executable
