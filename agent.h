@@ -17,7 +17,7 @@
 /* ---- Exit codes of the commands (init never exits) ------------------------------ */
 #define EXIT_OK         0
 #define EXIT_FAILED     1       /* the other side answered with an error, or could not be reached */
-#define EXIT_USAGE      2       /* the command line makes no sense */
+#define EXIT_USAGE      2       /* the command line or the configuration file makes no sense */
 
 /* ---- Requests to halt, besides the host's on port 52 -------------------------------
  * Signals to PID 1; every other is ignored:
