@@ -31,6 +31,7 @@
 #include <fnmatch.h>
 #include <inttypes.h>
 #include <limits.h>
+#include <linux/close_range.h>
 #include <linux/fs.h>
 #include <linux/input.h>
 #include <linux/magic.h>
@@ -282,6 +283,21 @@ static void fd_close(int *fd)
         close(*fd);
     *fd = -1;
     errno = saved;
+}
+
+/* Closes every descriptor past the first three (close_range(2) is Linux 5.9), or, flags being
+ * CLOSE_RANGE_CLOEXEC, keeps them from what is executed (Linux 5.11). */
+static void fd_close_rest(unsigned flags)
+{
+    struct rlimit files;
+
+    if (syscall(SYS_close_range, 3, ~0U, flags) == 0 || getrlimit(RLIMIT_NOFILE, &files) < 0)
+        return;
+    for (int fd = 3; fd < (int)files.rlim_cur; fd++)
+        if (flags)
+            fcntl(fd, F_SETFD, FD_CLOEXEC);
+        else
+            close(fd);
 }
 
 static int fd_nonblock(int fd)
@@ -2704,11 +2720,12 @@ static void boot_protect(void)
 }
 
 /* Descriptors 0 to 2 are open, whatever the kernel gave us and even where there is no /dev:
- * none of our own may land there, as children inherit them. */
+ * none of our own may land there, as children inherit them, and nothing else that we were given. */
 static void boot_descriptors(void)
 {
     int fd;
 
+    fd_close_rest(CLOSE_RANGE_CLOEXEC);
     do {
         fd = open("/dev/null", O_RDWR | O_CLOEXEC);
         if (fd < 0)
@@ -4452,17 +4469,6 @@ static void child_take_fds(const int *fds)
             dup2(high[i], i);
 }
 
-/* Closes every descriptor past the first three (close_range(2) is Linux 5.9). */
-static void child_close_fds(void)
-{
-    struct rlimit files;
-
-    if (syscall(SYS_close_range, 3, ~0U, 0) == 0 || getrlimit(RLIMIT_NOFILE, &files) < 0)
-        return;
-    for (int fd = 3; fd < (int)files.rlim_cur; fd++)
-        close(fd);
-}
-
 static _Noreturn void child_become(const struct spawn *s, bool has_cgroup)
 {
     setsid();
@@ -4472,7 +4478,7 @@ static _Noreturn void child_become(const struct spawn *s, bool has_cgroup)
     file_set("/proc/self/oom_score_adj", "0");
     child_take_fds(s->fds);
     if (s->run) {                               /* no exec closes what the loop has open */
-        child_close_fds();
+        fd_close_rest(0);
         agent_log.fd = 2;
         agent_log.pending_len = agent_log.dropped = agent_log.repeats = 0;
         _exit(s->run(s->arg));
@@ -12298,7 +12304,9 @@ static void agent_on_conf_timer(struct watch *t)
 {
     struct agent *a = CONTAINER(t, struct agent, conf_timer);
 
-    if (a->setup.state == SETUP_NONE && a->program.state == PROGRAM_NONE && agent_parse_conf(a) == 0)
+    if (a->setup.state != SETUP_NONE && a->setup.state != SETUP_DONE)
+        loop_after(&a->loop, &a->conf_timer, a->conf_wait_ms);      /* another's, which may fail */
+    else if (a->setup.state == SETUP_NONE && a->program.state == PROGRAM_NONE && agent_parse_conf(a) == 0)
         agent_setup(a);
 }
 
@@ -12625,7 +12633,7 @@ static const char *options_take(struct options *o, const char *word, const char 
     return NULL;
 }
 
-/* 0, or the exit code of a command line that makes no sense. */
+/* 0, -1: it was told how it is used, or the exit code of a command line that makes no sense. */
 static int init_options(struct options *o, int argc, char **argv)
 {
     for (int i = 1; i < argc; i++) {
@@ -12635,6 +12643,8 @@ static int init_options(struct options *o, int argc, char **argv)
                        || strcmp(argv[i], "--ready") == 0 || strcmp(argv[i], "--api") == 0;
         const char *wrong = NULL;
 
+        if (strcmp(argv[i], "--help") == 0)
+            return fputs(init_usage, stdout), -1;
         if (is_address && (!address_parse(&parsed, value) || parsed.kind == ADDRESS_VSOCK))
             wrong = "expected unix:PATH, tcp:HOST:PORT or fd:N";
         else if (strcmp(argv[i], "--listen") == 0)
@@ -12672,7 +12682,7 @@ static int init_main(int argc, char **argv, bool is_machine)
     if (!is_machine) {
         int wrong = init_options(&a.options, argc, argv);
         if (wrong || !a.options.ready)
-            return wrong ? wrong : (fputs(init_usage, stderr), EXIT_USAGE);
+            return wrong < 0 ? EXIT_OK : wrong ? wrong : (fputs(init_usage, stderr), EXIT_USAGE);
     }
     if (getpid() != 1)
         die("init must be process 1: of a machine, or of a namespace (unshare --pid --fork)");

@@ -55,6 +55,13 @@ check_eq 'ends: whose program is served' hello "$(http /)"
 sleep 1
 check_eq 'ends: and stays' hello "$(http /)"
 
+# Its next try comes while a host's program starts, which fails in its turn.
+boot_with '{"entrypoint": "later:app"}' --limit backoff_ms=500 --limit backoff_max_ms=500 --limit start_ms=2000
+host_fails() { configure "$APPS/broken" sleeps:app >"$T/host" 2>&1 || grep -q 'did not start within' "$T/host"; }
+check 'later: a host configures what does not start' wait_for 20 host_fails
+shell 'touch /later'
+check 'later: then the file is tried again' wait_for 10 serves
+
 boot_with '{"entrypoint": "ends:app"}' --limit backoff_ms=60000 --limit backoff_max_ms=60000
 check 'ends: waits' console_has 'next try in 60000 ms'
 check 'ends: halts while it waits' halt

@@ -44,6 +44,8 @@ left_over() { ls -A "$T/tmp"; }
 
 check_process() {
     HTTP_PORT=$((20000 + RANDOM % 10000))
+    echo held >"$T/held"
+    exec 9<"$T/held"
     TOP=own WITH='' start --listen "tcp:127.0.0.1:$HTTP_PORT" --env A=1 --env A=2 --env "BYE=$T/bye" --env 'E=a=b' \
         --limit http_body_bytes=1000 "$PROGRAM" main:app
     check_eq 'process: a second address' hello "$(curl -sS --max-time 20 "http://127.0.0.1:$HTTP_PORT/")"
@@ -53,6 +55,9 @@ check_process() {
     check_eq 'process: and nothing of a guest' '[]' "$(fact '[n for n in F["env"] if n.startswith("ALEPH")]')"
     check_eq 'process: it is a child of the agent' "$RUN_PID" "$(fact 'F["ppid"]')"
     check_eq 'process: descriptors 0 to 3 (others are its own)' '[0, 1, 2, 3]' "$(fact 'F["fds"][:4]')"
+    check_eq 'process: none of what the agent was given' '' "$(find "/proc/$(fact 'F["pid"]')/fd" -lname "$T/held")"
+    check 'process: which the agent was given' test /proc/$RUN_PID/fd/9 -ef "$T/held"
+    exec 9<&-
     check_eq 'process: vsock is not touched' 0 "$(find /proc/$RUN_PID/fd -lname '*vsock*' | wc -l)"
     check_eq 'process: hostname, mounts and network namespace stay' "$(readlink /proc/self/ns/{uts,mnt,net} | xargs)" \
         "$(readlink /proc/$RUN_PID/ns/{uts,mnt,net} | xargs)"
@@ -139,7 +144,10 @@ check_failures() {
     ends 'usage: a limit that is none' 2 'no limit is named x' --limit x=1 "$PROGRAM" main:app
     ends 'usage: an address that is none' 2 'listen\[1\]: "80" is not' --listen 80 "$PROGRAM" main:app
     ends 'usage: a folder alone' 2 '^usage: ' "$PROGRAM"
-    refused 'usage: --help' 0 '^usage: agent run' "$AGENT" run --help
+    local command
+    for command in run init call forward; do
+        refused "usage: $command --help" 0 "^usage: agent $command" "$AGENT" $command --help
+    done
     "$PYTHON" -c 'import socket, time; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1], flush=True); time.sleep(60)' >"$T/port" &
     wait_for 10 test -s "$T/port"
     ends 'fails: an address in use' 1 'Address (already )?in use' --listen "tcp:127.0.0.1:$(cat "$T/port")" "$PROGRAM" main:app
