@@ -4898,6 +4898,7 @@ struct conn {
     bool                eof;        /* the peer has sent its last byte, and we have read it */
     bool                half;       /* the peer sends no more: epoll has said so once */
     bool                gone;       /* the peer reads no more either */
+    bool                reset;      /* it broke off: what it sent need not be all */
     bool                paused;     /* the protocol takes no input now */
     bool                linger;     /* the peer may be sending what nobody will parse */
 };
@@ -4959,6 +4960,7 @@ static void conn_flush(struct conn *c)
             break;
         if (n < 0 && c->state == CONN_OPEN && c->proto->reads_to_end) {
             c->gone = true;
+            c->reset |= errno == ECONNRESET;        /* EPIPE: after an orderly end */
             buf_drop(&c->out, c->out.len);
             break;
         }
@@ -4979,7 +4981,10 @@ static void conn_flush(struct conn *c)
 static void conn_half_closed(struct conn *c)
 {
     c->half = true;
-    c->gone |= send(c->watch.fd, "", 0, MSG_NOSIGNAL) < 0;
+    if (send(c->watch.fd, "", 0, MSG_NOSIGNAL) < 0) {
+        c->gone = true;
+        c->reset |= errno == ECONNRESET;            /* told once only: no read will say it */
+    }
 }
 
 /* One read of at most CONN_READ_BYTES. */
@@ -4993,6 +4998,7 @@ static void conn_read(struct conn *c)
     if (n <= 0) {
         c->eof = true;
         c->gone |= n < 0;
+        c->reset |= n < 0;
         return;
     }
     if (c->state != CONN_OPEN)      /* nobody will parse it */
@@ -5366,6 +5372,15 @@ static bool field_value_ok(struct span s)               /* RFC 9110 section 5.5 
             return false;
     }
     return true;
+}
+
+/* llhttp takes RTSP and ICE too. `seen` counts what came in pieces before. */
+static bool protocol_is_http(unsigned *seen, const char *p, size_t n)
+{
+    bool is = n <= 4 - *seen && memcmp("HTTP" + *seen, p, n) == 0;
+
+    *seen += is ? (unsigned)n : 0;
+    return is;
 }
 
 /* Takes one name NUL value NUL from the front of a span. False: it is not there. */
@@ -6390,7 +6405,8 @@ struct up {
     struct buf       head;          /* its fields, name NUL value NUL … */
     struct part      name;          /* the last of them */
     unsigned         fields;
-    size_t           head_bytes;    /* interim responses count too */
+    unsigned         protocol_bytes;                /* of "HTTP" seen */
+    size_t           head_bytes;    /* interim responses count too, and what up_count counts */
     size_t           held;          /* see UPSTREAM_CREDIT */
     bool             connected;
     bool             parked;        /* in of->idle */
@@ -6601,25 +6617,36 @@ static int up_wrong(struct up *u, const char *why)
     return -1;
 }
 
+/* Of what comes with the body: chunk extensions and trailers, which are dropped. */
 static int up_count(struct up *u, size_t n)
 {
     u->head_bytes += n;
     return u->head_bytes > (size_t)limits.head_bytes ? up_wrong(u, "a head that is too large") : 0;
 }
 
+static int up_on_protocol(llhttp_t *parser, const char *p, size_t n)
+{
+    struct up *u = up_of(parser);
+
+    return protocol_is_http(&u->protocol_bytes, p, n) ? 0 : up_wrong(u, "a protocol other than HTTP");
+}
+
 static int up_on_status(llhttp_t *parser, const char *p, size_t n)
 {
-    (void)p;
-    return up_count(up_of(parser), n);
+    struct up *u = up_of(parser);
+
+    if (!field_value_ok((struct span){ p, n }))
+        return up_wrong(u, "a control byte in its status line");
+    return 0;
 }
 
 static int up_on_text(llhttp_t *parser, const char *p, size_t n)
 {
     struct up *u = up_of(parser);
 
-    if (u->state == UP_HEAD && buf_add(&u->head, p, n) < 0)
-        return up_wrong(u, "a head that there is no memory for");
-    return up_count(u, n);          /* trailers are dropped, but counted */
+    if (u->state != UP_HEAD)
+        return up_count(u, n);
+    return buf_add(&u->head, p, n) < 0 ? up_wrong(u, "a head that there is no memory for") : 0;
 }
 
 static int up_on_field_complete(llhttp_t *parser)
@@ -6640,7 +6667,7 @@ static int up_on_value_complete(llhttp_t *parser)
         head->len--;                /* white space around a value is none of it */
     if (++u->fields > limits.head_fields)
         return up_wrong(u, "too many fields");
-    return up_count(u, 4) < 0 ? -1 : buf_add_byte(head, 0);
+    return buf_add_byte(head, 0);
 }
 
 /* RFC 9112 section 6: a coding that the parser did not take for chunked would make the rest
@@ -6649,12 +6676,15 @@ static int up_check_coding(struct up *u)
 {
     struct span rest = buf_span(&u->head), name, value;
     unsigned codings = 0, lengths = 0;
+    bool clear = true;
 
     while (field_next(&rest, &name, &value)) {
-        codings += span_eq_nocase(name, "transfer-encoding");
+        bool is_coding = span_eq_nocase(name, "transfer-encoding");
+        codings += is_coding;
+        clear = clear && (!is_coding || span_eq_nocase(value, "chunked"));
         lengths += span_eq_nocase(name, "content-length");
     }
-    if (codings > 1 || (codings == 1 && !(u->parser.flags & F_CHUNKED)))
+    if (!clear || codings > 1 || (codings == 1 && !(u->parser.flags & F_CHUNKED)))
         return up_wrong(u, "a Transfer-Encoding that is not clearly chunked");
     if (codings > 0 && (lengths > 0 || u->parser.http_minor == 0))
         return up_wrong(u, "a Transfer-Encoding where none may be");
@@ -6711,7 +6741,7 @@ static int up_on_extension(llhttp_t *parser, const char *p, size_t n)
 }
 
 static const llhttp_settings_t up_settings = {
-    .on_status = up_on_status, .on_header_field = up_on_text, .on_header_value = up_on_text,
+    .on_protocol = up_on_protocol, .on_status = up_on_status, .on_header_field = up_on_text, .on_header_value = up_on_text,
     .on_header_field_complete = up_on_field_complete, .on_header_value_complete = up_on_value_complete,
     .on_headers_complete = up_on_headers_complete, .on_body = up_on_body,
     .on_message_complete = up_on_message_complete,
@@ -6725,7 +6755,7 @@ static void up_reset(struct up *u)
 {
     llhttp_init(&u->parser, HTTP_RESPONSE, &up_settings);
     buf_fini(&u->head);
-    u->fields = 0;
+    u->fields = u->protocol_bytes = 0;
     u->interim = u->complete = false;
     u->state = UP_HEAD;
 }
@@ -6768,17 +6798,26 @@ static void up_parse(struct up *u)
 {
     struct conn *c = &u->conn;
     size_t room = UPSTREAM_CREDIT - u->held, n = room < c->in.len ? room : c->in.len;
+    size_t left = (size_t)limits.head_bytes - u->head_bytes;
     const char *from = buf_at(&c->in);
+
+    if (u->state == UP_HEAD && n > left)
+        n = left;
     llhttp_errno_t error = llhttp_execute(&u->parser, from, n);
+    size_t used = error == HPE_OK ? n : (size_t)(llhttp_get_error_pos(&u->parser) - from);
 
     if (!u->ex)                     /* a callback has ended it */
         return;
+    if (u->state == UP_HEAD && !u->wrong && (u->head_bytes += used) >= (size_t)limits.head_bytes) {
+        u->wrong = "a head that is too large";      /* white space comes in no callback */
+        error = HPE_USER;
+    }
     if (error != HPE_OK && error != HPE_PAUSED) {
         exchange_cancel_fail(u->ex, FAILURE_BAD_RESPONSE, "the program answered with %s",
                              u->wrong ? u->wrong : llhttp_get_error_reason(&u->parser));
         return;
     }
-    buf_drop(&c->in, error == HPE_OK ? n : (size_t)(llhttp_get_error_pos(&u->parser) - from));
+    buf_drop(&c->in, used);
     if (error == HPE_OK)
         return;
     if (u->state == UP_TUNNEL)
@@ -6794,7 +6833,7 @@ static void up_on_eof(struct up *u)
 {
     bool ends = u->state == UP_TUNNEL;
 
-    if (u->state == UP_BODY && llhttp_message_needs_eof(&u->parser)) {
+    if (u->state == UP_BODY && !u->conn.reset && llhttp_message_needs_eof(&u->parser)) {
         llhttp_finish(&u->parser);
         ends = u->complete;
     }
@@ -6846,7 +6885,7 @@ static void up_on_deadline(struct conn *c)
         conn_close(c);
 }
 
-static void upstream_request(struct runner *r, struct exchange *ex);
+static void upstream_send(struct upstream *up, struct exchange *ex, struct up *u);
 static void upstream_refused(struct upstream *up, struct exchange *ex);
 
 /* Whatever still waits for an answer on it gets another connection, if that repeats nothing. */
@@ -6867,7 +6906,7 @@ static void up_on_close(struct conn *c)
     if (!u->connected)
         upstream_refused(up, ex);
     else if (repeatable && up->runner.state == RUNNER_READY)
-        upstream_request(&up->runner, ex);
+        upstream_send(up, ex, NULL);    /* not on another idle one, which may have ended as well */
     else
         lost_add(up, ex);
 }
@@ -6921,11 +6960,10 @@ static struct up *upstream_connect(struct upstream *up)
     return u;
 }
 
-static void upstream_request(struct runner *r, struct exchange *ex)
+/* On this idle connection, or on a new one if it is NULL. */
+static void upstream_send(struct upstream *up, struct exchange *ex, struct up *u)
 {
-    struct upstream *up = upstream_of(r);
     struct request *q = &ex->request;
-    struct up *u = upstream_reuse(up, q);
 
     ex->backend = &nobody_backend;
     if (!u && !(u = upstream_connect(up))) {
@@ -6951,6 +6989,13 @@ static void upstream_request(struct runner *r, struct exchange *ex)
     ex->stream = u;
     conn_soon(&u->conn);
     exchange_room_grew(ex);
+}
+
+static void upstream_request(struct runner *r, struct exchange *ex)
+{
+    struct upstream *up = upstream_of(r);
+
+    upstream_send(up, ex, upstream_reuse(up, &ex->request));
 }
 
 /* ---- does it listen? ---- */
@@ -10235,15 +10280,11 @@ static int http_on_url_complete(llhttp_t *parser)
     return 0;
 }
 
-/* llhttp takes RTSP and ICE too. */
 static int http_on_protocol(llhttp_t *parser, const char *p, size_t n)
 {
     struct http *h = http_of(parser);
 
-    if (n > 4 - h->protocol_bytes || memcmp("HTTP" + h->protocol_bytes, p, n) != 0)
-        return http_wrong(h, 400, "a protocol other than HTTP");
-    h->protocol_bytes += (unsigned)n;
-    return 0;
+    return protocol_is_http(&h->protocol_bytes, p, n) ? 0 : http_wrong(h, 400, "a protocol other than HTTP");
 }
 
 static int http_check_head(struct http *h)
@@ -10275,8 +10316,9 @@ static void http_drop_named(struct http *h)
     uint32_t count = 0;
 
     while (field_next(&rest, &name, &value)) {
-        if (field_is_named_in(buf_span(&h->connection), name))
-            continue;
+        if (field_is_named_in(buf_span(&h->connection), name)
+            && !span_eq_nocase(name, "host") && !span_eq_nocase(name, "content-length"))
+            continue;                                   /* those two are never of the connection */
         buf_add(&kept, name.p, name.n + value.n + 2);       /* they stand one after the other */
         count++;
     }

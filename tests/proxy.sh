@@ -169,7 +169,7 @@ late_ones() {
 loading() {
     GOOD=(shell 'echo well')
     NS_PREPARE='mkdir -p root; echo "<h1>one moment</h1>" >root/loading.html'
-    ns_start --limit listen_ms=1500
+    ns_start --limit loading_ms=1500
     NS_PREPARE=''
     check '35 loading page: configured' upstream --env LATE=6
     baseline
@@ -181,7 +181,7 @@ loading() {
     check_match '35 loading page: on the supervisor'"'"'s wire, the page' '<h1>one moment</h1>' "$(request / 2>&1)"
     check_eq '35 loading page: answered once it listens' hello "$(wait_for 10 eval '[ "$(http /hello)" = hello ]'; http /hello)"
     guest_ok '35 loading page: well afterwards'
-    ns_start --limit listen_ms=1500
+    ns_start --limit loading_ms=1500
     check '35 no loading page: configured' upstream --env LATE=60
     baseline
     http / -i >"$T/page"

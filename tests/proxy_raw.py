@@ -46,7 +46,7 @@ def state(key):
 def script(*steps):
     """Returns the name under which the program plays it; its path is /play/NAME."""
     script.number += 1
-    name = "s%d" % script.number
+    name = "s%d.%d" % (os.getpid(), script.number)
     side(script=name, steps=steps)
     return name
 
@@ -197,12 +197,15 @@ def whole(name, raw, status, body, method="GET", then=(), reused=None):
     why = None
     for way, step in (("whole", send(raw)), ("bytes", ["drip", raw.hex(), 0])):
         key = script(step, *then)
-        with Client() as client:
-            answer = client.ask("/play/" + key, method)
-            if (answer.status, answer.body) != (status, body):
-                why = "%d %.100r" % (answer.status, answer.body)
-            elif client.ask("/play/" + script(send(OK))).body != b"ok":
-                why = "the next request on that connection is answered otherwise"
+        try:
+            with Client() as client:
+                answer = client.ask("/play/" + key, method)
+                if (answer.status, answer.body) != (status, body):
+                    why = "%d %.100r" % (answer.status, answer.body)
+                elif client.ask("/play/" + script(send(OK))).body != b"ok":
+                    why = "the next request on that connection is answered otherwise"
+        except Exception as exc:
+            why = repr(exc)
         if not why and reused is not None and is_closed(key, 0.1 if reused else 5) == reused:
             why = "the program's connection is %s" % ("closed" if reused else "kept")
         if not why:
@@ -240,7 +243,7 @@ def group_framing():
     whole("chunks: in capitals", head + b"TRANSFER-ENCODING: Chunked\r\n\r\n" + chunks(b"hello"), 200, b"hello")
     whole("chunks: sizes in capitals and with zeros", head + CHUNKED + b"\r\n000A\r\n0123456789\r\n00\r\n\r\n", 200, b"0123456789")
     whole("chunks: with extensions", head + CHUNKED + b"\r\n" + chunks(b"hello", extension=b";a=b;c=\"d\""), 200, b"hello")
-    whole("chunks: trailers are dropped", head + CHUNKED + b"Trailer: X-Sum\r\n\r\n" + chunks(b"hello", trailer=b"X-Sum: 5\r\nContent-Length: 77\r\n"), 200, b"hello", reused=True)
+    whole("chunks: trailers are dropped", head + CHUNKED + b"Trailer: X-Sum\r\n\r\n" + chunks(b"hello", trailer=b"X-Sum: 5\r\nHost: x\r\n"), 200, b"hello", reused=True)
     whole("chunks: closed after them", head + CHUNKED + b"Connection: close\r\n\r\n" + chunks(b"hello"), 200, b"hello", then=close)
     whole("a body that looks like a response", head + b"Content-Length: %d\r\n\r\n" % len(inner) + inner, 200, inner)
     whole("chunks that look like a response", head + CHUNKED + b"\r\n" + chunks(inner, inner), 200, inner + inner)
@@ -286,7 +289,7 @@ def group_framing():
 
 # ---- Bad answers, group B ---------------------------------------------------------------------
 
-def failing(name, statuses, steps, method="GET", played=1):
+def failing(statuses, steps, method, played):
     """None, or what is wrong with how an answer that is none is told, on both ports."""
     for port in (80, 52):
         key = script(*steps, ["gone"])
@@ -306,7 +309,7 @@ def failing(name, statuses, steps, method="GET", played=1):
             return "port %d: the reason is %.300r" % (port, reason)
         if not console_since(at, re.escape(reason[-60:])):
             return "port %d: %r is not on the console" % (port, reason)
-        if plays(key) != played:
+        if plays(key) not in played:
             return "port %d: the program got it %d times" % (port, plays(key))
         if not is_closed(key):
             return "port %d: the program's connection stays" % port
@@ -316,8 +319,8 @@ def failing(name, statuses, steps, method="GET", played=1):
     return None
 
 
-def bad(name, *steps, statuses=(502,), method="GET"):
-    report(name, failing(name, statuses, steps, method))
+def bad(name, *steps, statuses=(502,), method="GET", played=(1,)):
+    report(name, failing(statuses, steps, method, played))
 
 
 def bad_bytes(name, raw, *then):
@@ -449,8 +452,8 @@ def group_endless():
 def group_ends():
     head = b"HTTP/1.1 200 OK\r\n"
     for what, then in (("closed", ["close"]), ("reset", ["reset"])):
-        bad("34 %s before the head" % what, then)
-        bad("34 %s before the head, a while later" % what, ["pause", 0.1], then)
+        bad("34 %s before the head" % what, then, played=(1, 2))    # a GET may be repeated once
+        bad("34 %s before the head, a while later" % what, ["pause", 0.1], then, played=(1, 2))
         bad("34 %s within the status line" % what, send(b"HTTP/1.1 2"), ["pause", 0.05], then)
         bad("34 %s within the head" % what, send(head + b"Content-Le"), ["pause", 0.05], then)
         bad("34 %s before the empty line" % what, send(head + b"Content-Length: 5\r\n"), ["pause", 0.05], then)
@@ -532,7 +535,7 @@ def group_pool():
     for what, steps in (("closed", [["close"]]), ("reset", [["reset"]])):
         stale("a stale connection, %s: GET is repeated" % what, "GET", steps, 200, 2)
         stale("a stale connection, %s: DELETE is repeated" % what, "DELETE", steps, 200, 2)
-        stale("a stale connection, %s: PUT with a small body is repeated" % what, "PUT", steps, 200, 2, b"b" * 1000)
+        stale("a stale connection, %s: PUT whose body is not held any more is not repeated" % what, "PUT", steps, 502, 1, b"b" * 1000)
         stale("a stale connection, %s: POST is not repeated" % what, "POST", steps, 502, 1, b"b" * 1000)
         stale("a stale connection, %s: POST without a body is not repeated" % what, "POST", steps, 502, 1)
         stale("a stale connection, %s: PATCH is not repeated" % what, "PATCH", steps, 502, 1, b"b")
@@ -548,12 +551,6 @@ def group_pool():
     armed(["close"])
     key = script(["body"], send(OK))
     equal("a stale connection: GET on port 52 is repeated", b"ok", ALEPH.request("/play/" + key)["body"]["body"])
-    drained()
-    body = random.Random(1).randbytes(3 * MIB)
-    armed(["take", 2 * MIB], ["close"])
-    key = script(["body"], send(OK))
-    answer = ask("/play/" + key, "PUT", b"", body)
-    equal("a stale connection: PUT whose body is gone is not repeated", (502, 0), (answer.status, plays(key)))
     drained()
     # The program hangs up while the connection is idle: nobody is to notice.
     for what, then in (("closes", ["close"]), ("resets", ["reset"])):
