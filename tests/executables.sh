@@ -4,8 +4,6 @@
 
 need squashfs-tools
 
-executable() { configure "$@" --interface executable; }
-
 # Over both fronts: both NAME EXPECTED PATH
 both() {
     check_eq "$1, port 52" "$2" "$(request "$3")"

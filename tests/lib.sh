@@ -310,6 +310,23 @@ halt() {
     wait_for 6 is_gone "${GUEST_QEMU_PID:-$NS_PID}"
 }
 
+# executable DIR|FILE ENTRYPOINT [OPTION of configure…]
+executable() { configure "$@" --interface executable; }
+
+# upstream [OPTION of configure…]: the program apps/upstream, which does as it is told.
+upstream() { executable "$APPS/upstream" server.py --env SIDE="$GUEST/side.sock" "$@"; }
+
+# side JSON: what that program answers on its own channel; state EXPRESSION: what it has seen, as `it`.
+side() {
+    "$PYTHON" -c 'import socket, sys
+s = socket.socket(socket.AF_UNIX)
+s.connect(sys.argv[1])
+s.sendall(sys.argv[2].encode() + b"\n")
+sys.stdout.buffer.write(b"".join(iter(lambda: s.recv(65536), b"")))' "$GUEST/side.sock" "$1"
+}
+
+state() { side '{"state": true}' | "$PYTHON" -c 'import json, sys; print(eval(sys.argv[1], {"it": json.load(sys.stdin)}))' "$1"; }
+
 # console_has REGEX [SECONDS]
 console_has() { wait_for "${2:-5}" guest_console_has "$1"; }
 
