@@ -4566,41 +4566,35 @@ static void child_describe(char *out, size_t size, int status)
                  strsignal(WTERMSIG(status)));
 }
 
+/* SIGKILL to each process that a file of proc or cgroup lists. False: it lists none. */
+static bool kill_listed(const char *path)
+{
+    struct buf list = { 0 };
+    bool any = file_load(path, &list, 1 << 20) == 0 && list.len > 0 && *buf_text(&list);
+    char *rest, *pid = any ? strtok_r(list.data + list.start, " \n", &rest) : NULL;
+
+    for (; pid; pid = strtok_r(NULL, " \n", &rest))
+        if (strtol(pid, NULL, 10) > 1)      /* 0: of another namespace; kill(2) takes it for our group */
+            kill((pid_t)strtol(pid, NULL, 10), SIGKILL);
+    buf_fini(&list);
+    return any;
+}
+
 /* The whole cgroup of the programs, with whatever they forked (cgroup.kill: Linux 5.14). */
 static void cgroup_kill(const struct children *all)
 {
-    struct buf list = { 0 };
-    char *pid, *rest;
-
-    if (!all->has_cgroup || file_set(PATH_CGROUP "/program/cgroup.kill", "1") == 0)
-        return;
-    if (file_load(PATH_CGROUP "/program/cgroup.procs", &list, 1 << 20) == 0) {
-        buf_text(&list);
-        if (list.len > 0)
-            for (pid = strtok_r(list.data + list.start, "\n", &rest); pid; pid = strtok_r(NULL, "\n", &rest))
-                if (strtol(pid, NULL, 10) > 1)      /* 0: of another namespace; kill(2) takes it for our group */
-                    kill((pid_t)strtol(pid, NULL, 10), SIGKILL);
-    }
-    buf_fini(&list);
+    if (all->has_cgroup && file_set(PATH_CGROUP "/program/cgroup.kill", "1") < 0)
+        kill_listed(PATH_CGROUP "/program/cgroup.procs");
 }
 
 /* Ends every child of ours, adopted ones included (prctl(2), PR_SET_CHILD_SUBREAPER), whose
  * children we adopt in their turn. Only on the way out: it waits. */
 static void child_kill_all(void)
 {
-    char path[64], *pid, *rest;
+    char path[64];
 
     snprintf(path, sizeof path, "/proc/self/task/%d/children", (int)getpid());
-    for (int i = 0; i < 50; i++) {
-        struct buf list = { 0 };
-        bool any = file_load(path, &list, 1 << 20) == 0 && list.len > 0;
-        buf_text(&list);
-        if (any)
-            for (pid = strtok_r(list.data + list.start, " \n", &rest); pid; pid = strtok_r(NULL, " \n", &rest))
-                kill((pid_t)strtol(pid, NULL, 10), SIGKILL);
-        buf_fini(&list);
-        if (!any)
-            return;
+    for (int i = 0; i < 50 && kill_listed(path); i++) {
         while (waitpid(-1, NULL, WNOHANG) > 0)
             continue;
         usleep(2000);
@@ -7942,6 +7936,12 @@ static void program_request(struct program *p, struct exchange *ex)
 
 /* ---- life and death ---- */
 
+/* The next wait before a restart. */
+static int64_t backoff_after(int64_t ms)
+{
+    return 2 * ms < limits.backoff_max_ms ? 2 * ms : limits.backoff_max_ms;
+}
+
 /* Gives the current runner up; it is only waited for now. */
 static void program_drop_runner(struct program *p)
 {
@@ -7975,7 +7975,7 @@ static void program_start_failed(struct program *p, struct span text, struct spa
         log_info("%s: does not start: %s; next try in %" PRId64 " ms", p->conf.entrypoint,
                  buf_text(&kept), p->backoff_ms);
         loop_after(p->loop, &p->timer, p->backoff_ms);
-        p->backoff_ms = p->backoff_ms * 2 < limits.backoff_max_ms ? p->backoff_ms * 2 : limits.backoff_max_ms;
+        p->backoff_ms = backoff_after(p->backoff_ms);
     }
     buf_fini(&kept);
     buf_fini(&trace);
@@ -8092,7 +8092,7 @@ static void program_ended(struct program *p, struct span text, struct span tail)
         p->state = PROGRAM_WAITING;
         log_info("%s: starts again in %" PRId64 " ms", p->conf.entrypoint, p->backoff_ms);
         loop_after(p->loop, &p->timer, p->backoff_ms);
-        p->backoff_ms = p->backoff_ms * 2 < limits.backoff_max_ms ? p->backoff_ms * 2 : limits.backoff_max_ms;
+        p->backoff_ms = backoff_after(p->backoff_ms);
         break;
     case PROGRAM_STOPPED:
         loop_never(p->loop, &p->timer);
@@ -12332,7 +12332,7 @@ static void agent_on_setup(struct setup *s, bool ok, struct span text, struct sp
     }
     log_info("setup: next try in %" PRId64 " ms", a->conf_wait_ms);
     loop_after(&a->loop, &a->conf_timer, a->conf_wait_ms);
-    a->conf_wait_ms = 2 * a->conf_wait_ms < limits.backoff_max_ms ? 2 * a->conf_wait_ms : limits.backoff_max_ms;
+    a->conf_wait_ms = backoff_after(a->conf_wait_ms);
 }
 
 static void agent_setup(struct agent *a)
