@@ -10429,7 +10429,7 @@ static void http_finish_exchange(struct http *h)
     struct conn *c = &h->conn;
 
     if (!h->request_done) {         /* it answered without reading all: what is left is not ours to parse */
-        c->linger = true;
+        c->linger = h->state != HTTP_TUNNEL;        /* where not every host sees that a vsock is half-closed */
         h->keep_alive = false;
     }
     if (!h->keep_alive) {

@@ -12,9 +12,10 @@ both() {
 
 # ---- From a disk: a script, and what it becomes ---------------------------------------------
 
-# become COMMAND: the program ends and comes back as another.
+# become COMMAND REGEX: the program ends and comes back as another, which answers so.
 become() {
     shell "echo '$1' >/tmp/program; kill \$(cat /sys/fs/cgroup/program/cgroup.procs)"
+    check "$1: comes up" wait_for 20 eval 'http / -i | grep -qE "'"$2"'"'
 }
 
 numbers() { seq -f %05g -s '' 0 999; }
@@ -32,7 +33,7 @@ node_http() {
 }
 
 python_http() {
-    become 'python3 serve.py'
+    become 'python3 serve.py' 'http\.js'
     check_match 'python http.server: a file, port 80' '^exec ' "$(http /run.sh)"
     check_match 'python http.server: a file, port 52' '^exec ' "$(request /run.sh)"
     check_match 'python http.server: a listing' 'websocket\.py' "$(http /)"
@@ -44,7 +45,7 @@ python_http() {
 }
 
 websocket() {
-    become 'python3 websocket.py'
+    become 'python3 websocket.py' '^HTTP/1.1 426 '
     check_eq 'websocket: a plain request is answered by the program' 426 "$(http / -o /dev/null -w '%{http_code}')"
     checks_from env PYTHONDONTWRITEBYTECODE=1 timeout 60 "$PYTHON" "$TESTS/proxy_websocket.py" "$SOCK"
 }
