@@ -4397,15 +4397,21 @@ static void vol_revert(const struct conf *c)
     buf_fini(&why);
 }
 
-/* For halt, when nothing runs any more: after end_ms what is still held is made read-only by
- * force, so that its journal is written out (sysrq.rst). */
+/* Whatever is still held becomes read-only, so that its journal is written out: the kernel does
+ * so in its own time (sysrq.rst). */
+static void vol_force_read_only(void)
+{
+    file_set("/proc/sysrq-trigger", "u");
+}
+
+/* For halt, when nothing runs any more. */
 static void vol_umount_all(int64_t end_ms)
 {
     struct buf why = { 0 };
 
     if (vol_umount(NULL, 0, end_ms, &why) < 0) {
         log_info("halt: volumes: %s", buf_text(&why));
-        file_set("/proc/sysrq-trigger", "u");
+        vol_force_read_only();
         usleep(VOL_FORCE_US);
     }
     buf_fini(&why);
@@ -11911,7 +11917,7 @@ struct agent {
     struct button       buttons[BUTTONS_MAX];   /* those found come first */
     struct watch        button_timer;
     struct job          button_job;
-    enum { HALT_NO, HALT_PROGRAM, HALT_SETUP, HALT_SYNC, HALT_ANSWER } halt_state;
+    enum { HALT_NO, HALT_PROGRAM, HALT_SETUP, HALT_SYNC, HALT_FORCED, HALT_ANSWER } halt_state;
 };
 
 static bool agent_is_sandboxed(const struct agent *a)
@@ -12124,7 +12130,14 @@ static void halt_on_deadline(struct watch *t)
 
     if (a->halt_state == HALT_ANSWER)
         halt_now(a);
-    log_info("halt: not done within %" PRId64 " ms: goes on without", limits.halt_ms);
+    if (a->halt_state != HALT_FORCED)
+        log_info("halt: not done within %" PRId64 " ms: goes on without", limits.halt_ms);
+    if (boot_is_machine && a->halt_state != HALT_FORCED) {
+        a->halt_state = HALT_FORCED;
+        vol_force_read_only();
+        loop_after(&a->loop, &a->halt_timer, HALT_MARGIN_MS);
+        return;
+    }
     halt_answer(a);
 }
 

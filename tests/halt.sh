@@ -86,6 +86,15 @@ held() {
     ends_clean '73 held by the kernel'
 }
 
+# Less time than the program takes: its files are open still.
+out_of_time() {
+    boot_with_disk agent.limit.halt_ms=1500
+    check '73 out of time: configured' configure "$APPS/load" main:app --volume vdb:/data:rw
+    peer 'load, 73 out of time'
+    assert_console_has '73 out of time: is said' 'not done within 1500 ms'
+    ends_clean '73 out of time'
+}
+
 # The volume is mounted, the program loads; or the next volume's device is waited for.
 mid_config() {
     local name=$1 pid
@@ -112,6 +121,7 @@ lane() {
     done
     if [ "$1" = 0 ]; then
         idle
+        out_of_time
         mid_config '73 mid-config, the program loads'
     else
         stuck
