@@ -40,7 +40,7 @@ occupy() {
     shell 'mkdir -p /data/top /mnt/again; mount -t tmpfs top /data/top; mount --bind /data /mnt/again'
     shell 'setsid sh -c "cd /mnt/again; exec sleep 1000" </dev/null >/data/held 2>&1 & sleep 0.2'
     shell 'setsid unshare -m sh -c "cd /data/top; exec sleep 1000" </dev/null >>/data/held 2>&1 & sleep 0.5'
-    shell 'grep -c " /mnt/again \| /data" /proc/mounts; grep -l sleep /proc/[0-9]*/comm | wc -l' | xargs
+    shell 'grep -c " /mnt/again \| /data" /proc/mounts; grep -ls sleep /proc/[0-9]*/comm | wc -l' | xargs
 }
 
 # ---- 73 and 74, under load ---------------------------------------------------------------
