@@ -138,8 +138,9 @@ function rankOf(server, [first, second]) {
     if (!['number', 'string'].includes(typeof wanted) || wanted === '' || !(wanted >= 0))
         return REAL;                                // a path, or an error for Node to raise
     // A server without a listener only tries whether the port is free. Fastify, asked for
-    // localhost, listens on ::1 too, at the port that it got for 127.0.0.1.
-    if (Number(wanted) === port && address !== '::1' && server.listenerCount('connection') > 0)
+    // localhost, listens on its other addresses too, at the port that it got on the first.
+    const isElsewhere = net.isIP(address || '') !== 0 && !['127.0.0.1', '0.0.0.0', '::'].includes(address);
+    if (Number(wanted) === port && !isElsewhere && server.listenerCount('connection') > 0)
         return PORT;
     return !(server instanceof http.Server) ? REAL : Number(wanted) === 0 ? ANY : LISTENS;
 }

@@ -213,6 +213,13 @@ def port_named_in_the_environment_wins():
 
 
 @check()
+def other_addresses_of_the_same_port_take_nothing_over():
+    with Program("addresses.js") as p:
+        p.await_output("all listen")
+        equal({"address": "127.0.0.1", "family": "IPv4", "port": p.port}, p.ready().json())
+
+
+@check()
 def listen_wins_over_what_only_looks_like_a_listener():
     with Program("factory.js") as p:
         p.ready()
