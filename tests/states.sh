@@ -84,7 +84,7 @@ is_at_input() { [ -e "/proc/$PID1/root/data/1" ]; }
 
 # Every file that is opened takes 100 ms more.
 ns_start --limit start_ms=2000
-strace -f -qq -o /dev/null -p "$PID1" -e trace=openat -e inject=openat:delay_enter=100000 &
+strace -f -qq -o /dev/null -p "$PID1" -e trace=openat -e inject=openat:delay_enter=100000 2>"$T/strace" &
 STRACE=$!
 wait_for 5 grep -q 'TracerPid:.[1-9]' "/proc/$PID1/status"
 configure "$APPS/hello" main:app --input "$T/input" >"$T/configured" 2>&1 &
