@@ -158,7 +158,9 @@ guest_fetch_npm() {
     shift
     say "fetching $*"
     mkdir "$to"
-    npm install --prefix "$to" --ignore-scripts --no-package-lock --no-audit --no-fund \
+    # Node trusts only the authorities that it brings; what this machine trusts is to count too.
+    NODE_EXTRA_CA_CERTS=${NODE_EXTRA_CA_CERTS:-/etc/ssl/certs/ca-certificates.crt} \
+        npm install --prefix "$to" --ignore-scripts --no-package-lock --no-audit --no-fund \
         --no-update-notifier --loglevel=error "$@"
 }
 

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # A real sshd in a guest: shortcoming 15 of the two scripts and threat T8.
-TEST_IMAGE=debian-12-ssh
 . "$(dirname "$0")/lib.sh"
 
 GOOD=(request /)

@@ -52,7 +52,6 @@ run_script() {
 make_guests() {
     if (guest_image debian-12-test) >"$LOGS/guests.log" 2>&1; then
         echo yes >"$LOGS/guests"
-        [[ " $* " != *' guest_ssh '* ]] || (guest_image debian-12-ssh) >>"$LOGS/guests.log" 2>&1 || true
         [[ " $* " != *' hosts '* ]] || (guest_image debian-12-distribution) >>"$LOGS/guests.log" 2>&1 || true
         return
     fi
