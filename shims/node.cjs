@@ -140,6 +140,8 @@ function rankOf(server, [first, second]) {
     // A server without a listener only tries whether the port is free. Fastify, asked for
     // localhost, listens on its other addresses too, at the port that it got on the first.
     const isElsewhere = net.isIP(address || '') !== 0 && !['127.0.0.1', '0.0.0.0', '::'].includes(address);
+    if (Number(wanted) === port && isElsewhere && landed)
+        return REAL;
     if (Number(wanted) === port && !isElsewhere && server.listenerCount('connection') > 0)
         return PORT;
     return !(server instanceof http.Server) ? REAL : Number(wanted) === 0 ? ANY : LISTENS;
