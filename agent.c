@@ -8148,6 +8148,10 @@ static void program_on_deadline(struct watch *t)
         break;
     case PROGRAM_STARTING:
     case PROGRAM_RESTARTING:
+        if (!program_tells(p) && p->runner->state == RUNNER_BROKEN) {
+            loop_after(p->loop, &p->timer, RUNNER_REAP_MS);     /* killed, and about to be reaped */
+            break;
+        }
         if (!program_tells(p)) {
             program_serve(p);
             loop_after(p->loop, &p->timer, limits.loading_ms);

@@ -1604,6 +1604,46 @@ static void test_field_next(void)
     }
 }
 
+/* ==== program ==================================================================== */
+
+static unsigned program_told;
+
+static void told_started(struct program *p, bool ok, struct span text, struct span traceback)
+{
+    (void)p;
+    (void)text;
+    (void)traceback;
+    program_told += ok;
+}
+
+/* An executable that has run for exec_wait_ms counts as started, one that was killed does not. */
+static void test_program_started(void)
+{
+    static const struct { enum runner_state runner; enum program_state program; unsigned told; } table[] = {
+        { RUNNER_STARTING, PROGRAM_SERVING, 1 }, { RUNNER_BROKEN, PROGRAM_STARTING, 0 },
+    };
+
+    EACH(i, table) {
+        struct loop loop;
+        struct children children = { 0 };
+        struct program p;
+        struct runner r = { .state = table[i].runner };
+        loop_init(&loop);
+        program_init(&p, &loop, &children);
+        p.conf.launch = LAUNCH_EXEC;
+        p.state = PROGRAM_STARTING;
+        p.runner = &r;
+        p.on_started = told_started;
+        program_told = 0;
+        p.timer.on_deadline(&p.timer);
+        check_number("its state", table[i].program, p.state);
+        check_number("told", table[i].told, program_told);
+        check(p.timer.heap_at > 0, "row %zu: it is looked at again", i);
+        free(loop.heap);
+        close(loop.epoll_fd);
+    }
+}
+
 /* ==== aleph ====================================================================== */
 
 static void aleph_scope(struct buf *out, const char *path, const char *query, const char *field, const char *value)
@@ -2197,7 +2237,7 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
     TEST(limits), TEST(mp_heads), TEST(mp_scan), TEST(mp_write), TEST(mp_read), TEST(conf), TEST(conf_json), TEST(conf_network),
     TEST(conf_volumes), TEST(volumes), TEST(conf_copy), TEST(loop_deadlines), TEST(loop_timeout), TEST(loop_soon), TEST(loop_bury), TEST(modules), TEST(root_options), TEST(root_discard), TEST(hosts),
     TEST(zip), TEST(describe), TEST(output_lines), TEST(output_flood), TEST(address), TEST(interest), TEST(http_heads),
-    TEST(http_request), TEST(http_phrases), TEST(response_head), TEST(field_next), TEST(aleph_request), TEST(aleph_text),
+    TEST(http_request), TEST(http_phrases), TEST(response_head), TEST(field_next), TEST(program_started), TEST(aleph_request), TEST(aleph_text),
     TEST(aleph_deadlines), TEST(forward), TEST(read_faults), TEST(conn_faults), TEST(output_faults), TEST(accept_full),
     TEST(accept_interrupted), TEST(no_vsock), TEST(init_options), TEST(node_ranges), TEST(node_find),
 };
