@@ -81,28 +81,5 @@ static_c() {
     guest_ok 'static binary of C: well afterwards'
 }
 
-# The first build compiles Go's own library, too: it begins when this script does, and is kept.
-GO_BINARY=$GUEST_CACHE/go-$(guest_hash "$APPS/static/server.go")
-build_go() {
-    [ -e "$GO_BINARY" ] || ! command -v go >/dev/null || {
-        CGO_ENABLED=0 nice go build -ldflags '-s -w' -o "$GO_BINARY.$$" "$APPS/static/server.go" &&
-            mv "$GO_BINARY.$$" "$GO_BINARY"
-    }
-}
-
-static_go() {
-    if ! command -v go >/dev/null; then
-        echo 'there is no Go here: its binaries are not tried' >&2
-        return
-    fi
-    check 'static binary of Go: it is built' wait "$GO_PID"
-    boot
-    check 'static binary of Go as plain code: configured' executable "$GO_BINARY" server
-    both 'static binary of Go' 'static Go: GET /x?y HTTP/1.1' '/x?y'
-}
-
-build_go >"$T/go.log" 2>&1 &
-GO_PID=$!
 from_disk
 static_c
-static_go
