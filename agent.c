@@ -7164,24 +7164,26 @@ static const struct runner_kind upstream_kind = {
     .fail_all = upstream_fail_all, .free = upstream_free,
 };
 
-/* The socket that Node's shim serves on: connections may queue up in it from now on. */
-static int upstream_listen(const struct address *a)
+/* The socket that Node's shim serves on, or -1 and errno. */
+static int upstream_listen(unsigned port)
 {
-    int on = 1, fd = address_socket(a);
+    struct address a = { .kind = ADDRESS_TCP, .fd = -1 };
 
+    address_tcp(&a, SPAN("127.0.0.1"), port);
+    int on = 1, fd = address_socket(&a);
     if (fd >= 0 && (setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) < 0
-                    || bind(fd, (const void *)&a->sa, a->sa_len) < 0 || listen(fd, 4096) < 0))
+                    || bind(fd, (const void *)&a.sa, a.sa_len) < 0 || listen(fd, 4096) < 0))
         fd_close(&fd);
     return fd;
 }
 
-/* Starts a program that listens on 127.0.0.1 or ::1, `port`; with `reports` it is Node's shim
- * and gets the listening socket as fd 3, fd 4 to report by. NULL and errno. */
+/* Starts a program that listens on 127.0.0.1 or ::1, `port`; with a listening socket it is
+ * Node's shim and gets that as fd 3, fd 4 to report by. NULL and errno. */
 static struct runner *upstream_start(const struct runner *base, const char *name, struct spawn *spawn,
-                                     unsigned port, bool reports)
+                                     unsigned port, int listener)
 {
     struct upstream *up = calloc(1, sizeof *up);
-    int ends[2] = { -1, -1 }, listener = -1;
+    int ends[2] = { -1, -1 };
 
     if (!up)
         return NULL;
@@ -7195,9 +7197,8 @@ static struct runner *upstream_start(const struct runner *base, const char *name
     up->reports = (struct watch){ .fd = -1, .on_event = upstream_on_reports };
     up->probe = (struct watch){ .fd = -1, .on_deadline = upstream_probe };
     up->lost_timer = (struct watch){ .fd = -1, .on_deadline = lost_on_deadline };
-    if (reports) {
-        if ((listener = upstream_listen(&up->address)) < 0
-            || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0)
+    if (listener >= 0) {
+        if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0)
             goto failed;
         up->reports.fd = ends[0];
         if (fd_nonblock(ends[0]) < 0 || loop_want(base->loop, &up->reports, EPOLLIN) < 0)
@@ -7208,14 +7209,12 @@ static struct runner *upstream_start(const struct runner *base, const char *name
     spawn->fds[4] = ends[1];
     if (runner_start(&up->runner, name, spawn) < 0)
         goto failed;
-    fd_close(&listener);
     fd_close(&ends[1]);
-    if (!reports)
+    if (listener < 0)
         loop_after(base->loop, &up->probe, UPSTREAM_PROBE_MS);
     return &up->runner;
 failed:
     log_errno("%s: start", name);
-    fd_close(&listener);
     fd_close(&ends[1]);
     upstream_free(&up->runner);
     return NULL;
@@ -7525,6 +7524,8 @@ struct program {
     struct runner     *runner;      /* the current one, or NULL */
     unsigned           port;        /* where it listens, if it is no Python worker */
     bool               picks_port;  /* a free one, anew for every start: the machine is not ours */
+    int                listener;    /* Node's, -1: none; it outlives who was killed and may not be dead yet */
+    unsigned           listener_port;
     bool               was_ready;   /* the current runner has been RUNNER_READY */
     bool               is_late;     /* it does not listen within limits.loading_ms */
     struct buf         ended, ended_tail;   /* how it ended before it was ready; empty: it did not */
@@ -7747,6 +7748,18 @@ static struct runner *program_spawn_worker(struct program *p, const struct runne
     return worker_start(base, name, argv, env);
 }
 
+/* Sees to p->listener, which only Node has a use for. */
+static int program_listen(struct program *p, struct buf *why)
+{
+    if (p->conf.launch != LAUNCH_NODE || p->listener_port != p->port)
+        fd_close(&p->listener);
+    if (p->conf.launch != LAUNCH_NODE || p->listener >= 0)
+        return 0;
+    p->listener_port = p->port;
+    p->listener = upstream_listen(p->port);
+    return p->listener < 0 ? conf_wrong(why, "cannot listen on port %u for Node: %s", p->port, strerror(errno)) : 0;
+}
+
 /* Starts what the entrypoint names: a file for Node's shim or for Python, or an executable with
  * its arguments. */
 static struct runner *program_spawn_upstream(struct program *p, const struct runner *base, char **env,
@@ -7762,7 +7775,9 @@ static struct runner *program_spawn_upstream(struct program *p, const struct run
     if (!words)
         return NULL;
     conf_entry_path(c, path, sizeof path);
-    if (c->launch == LAUNCH_NODE) {
+    if (program_listen(p, why) < 0) {
+        rc = -1;
+    } else if (c->launch == LAUNCH_NODE) {
         if (!node_find(conf_code_folder(c), env_get(env, "NVM_DIR"), program_path(p), interpreter, sizeof interpreter, why))
             rc = -1;
         else
@@ -7786,7 +7801,7 @@ static struct runner *program_spawn_upstream(struct program *p, const struct run
     argv[n] = NULL;
     if (rc == 0)
         r = upstream_start(base, c->entrypoint, &(struct spawn){ .argv = argv, .envp = env,
-                           .cwd = conf_code_folder(c) }, p->port, c->launch == LAUNCH_NODE);
+                           .cwd = conf_code_folder(c) }, p->port, p->listener);
     free(words);
     return r;
 }
@@ -8209,7 +8224,7 @@ static void program_watch_memory(struct program *p)
 
 static void program_init(struct program *p, struct loop *loop, struct children *children)
 {
-    *p = (struct program){ .loop = loop, .children = children, .backoff_ms = limits.backoff_ms, .port = PORT_PROGRAM,
+    *p = (struct program){ .loop = loop, .children = children, .backoff_ms = limits.backoff_ms, .port = PORT_PROGRAM, .listener = -1,
                            .env = program_env_guest, .folder = PATH_STATE, .status = -1,
                            .missing = "no program is configured yet",
                            .timer = { .fd = -1, .on_deadline = program_on_deadline } };
