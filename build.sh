@@ -199,7 +199,7 @@ libraries() {
     objects zlib '-DHAVE_UNISTD_H -DHAVE_STDARG_H' vendor/src/zlib/*.c
     objects minizip '-DNOCRYPT -DNOUNCRYPT -DUSE_FILE32API' $zip/{zip,unzip,ioapi}.c
     # Only `size` reaches it so far, and it takes longer than all the others.
-    [[ $1 != release ]] ||
+    [[ $1 != release || $ARCH ]] ||
         objects mbedtls -Ivendor/src/mbedtls/library vendor/src/mbedtls/library/*.c vendor/mbedtls_*.c
     ar rcsD "$OUT/vendor.a" "$OUT"/obj/*.o
     echo "$stamp" >"$OUT/stamp"
@@ -304,7 +304,7 @@ build_fuzz() {
     libraries fuzz
     mkdir -p out/fuzz
     say "compiling tests/fuzz_$1.c"
-    clang $CFLAGS $SANITIZE -fsanitize=fuzzer $INCLUDES "tests/fuzz_$1.c" "$OUT/vendor.a" \
+    clang $CFLAGS ${FUZZ_CFLAGS-} $SANITIZE -fsanitize=fuzzer $INCLUDES "tests/fuzz_$1.c" "$OUT/vendor.a" \
         -o "out/fuzz/$1"
 }
 

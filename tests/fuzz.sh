@@ -5,6 +5,7 @@ TEST_SECONDS=${TEST_SECONDS:-600}
 . "$(dirname "$0")/lib.sh"
 
 SECONDS_EACH=${FUZZ_SECONDS:-5}
+export FUZZ_CFLAGS=-O0              # so short a run does not pay for optimising
 
 # What a target says when it fails: its demand, the sanitizer's report, and the input.
 fuzz_report() {
