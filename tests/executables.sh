@@ -55,12 +55,12 @@ from_disk() {
     mksquashfs "$APPS/executables" "$T/code" -quiet -no-progress -all-root >"$T/mksquashfs"
     mkdir "$T/exits"
     printf '#!/bin/sh\necho no database >&2\nexit 7\n' >"$T/exits/run.sh"
-    boot agent.limit.backoff_max_ms=200 -- -drive "file=$T/code,format=raw,if=virtio,readonly=on"
+    boot agent.limit.backoff_max_ms=200 agent.limit.exec_wait_ms=4000 -- -drive "file=$T/code,format=raw,if=virtio,readonly=on"
     refused 'a program that exits at once: its exit code is told' 1 'exited with exit code 7' executable "$T/exits" run.sh
     refused 'a program that exits at once: its output is told' 1 'no database' executable "$T/exits" run.sh
     start=$(ms)
     check 'squashfs: a program that takes 10 s to listen is configured' executable - run.sh --encoding squashfs
-    check_at_most 'a program that takes 10 s to listen is configured before, ms' 6000 $(($(ms) - start))
+    check_at_most 'a program that takes 10 s to listen is configured before, ms' 9500 $(($(ms) - start))
     both 'a program that takes 10 s to listen: requests wait' 'node GET /x 0' /x
     check 'a program that takes 10 s to listen: they did wait' test $(($(ms) - start)) -ge 9900
     node_http

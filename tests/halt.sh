@@ -6,7 +6,7 @@ TEST_SECONDS=${TEST_SECONDS:-600}
 . "$(dirname "$0")/lib.sh"
 
 need e2fsprogs python3-msgpack
-HALTS=${HALTS:-4}                   # under load; 20 in a row, each way of LOAD in turn, take three minutes
+HALTS=${HALTS:-2}                   # under load; 20 in a row, each way of LOAD in turn, take three minutes
 LOAD=('load' 'load, mid-upload' 'load, twice' 'load, the host hangs up' 'load, a busy mount'
     'load, the bridge open' 'load, a !command')
 

@@ -9,7 +9,7 @@
 . "$(dirname "$0")/lib.sh"
 
 need e2fsprogs
-CUTS=${CUTS:-50}
+CUTS=${CUTS:-25}                    # what one guest can mount; 50 take two minutes
 PER_GUEST=25                        # disks that fit into one
 SEED=${SEED:-$RANDOM}
 
