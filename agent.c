@@ -7009,7 +7009,7 @@ static bool port_listens(const char *table, unsigned port)
     bool listens = false;
     FILE *f = fopen(table, "re");
 
-    for (int i = 0; f && !listens && fgets(line, sizeof line, f); i++) {
+    while (f && !listens && fgets(line, sizeof line, f)) {
         if (sscanf(line, " %*d: %32[0-9A-F]:%4X %*32[0-9A-F]:%*4X %2X", address, &found, &state) != 3)
             continue;               /* the heading */
         if (state != 10 /* TCP_LISTEN */)
