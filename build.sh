@@ -274,12 +274,13 @@ link_release() {
 build_debug() {
     libraries debug
     mkdir -p out/debug
-    say "compiling agent.c (debug)"
-    gcc $STRICT $CFLAGS $SANITIZE $INCLUDES agent.c "$OUT/vendor.a" -o out/debug/agent
-    [[ ! -e tests/unit.c ]] || say "compiling tests/unit.c"
-    [[ ! -e tests/unit.c ]] ||
-        gcc $STRICT $CFLAGS $SANITIZE $INCLUDES tests/unit.c "$OUT/vendor.a" -o out/debug/unit
+    say "compiling agent.c and tests/unit.c (debug)"
+    debug_program agent.c out/debug/agent &
+    debug_program tests/unit.c out/debug/unit
+    wait $!
 }
+
+debug_program() { gcc $STRICT $CFLAGS $SANITIZE $INCLUDES "$1" "$OUT/vendor.a" -o "$2"; }
 
 # What the whole of each library weighs, used by agent.c or not.
 EVERYTHING='mbedtls_ssl_handshake mbedtls_ssl_read mbedtls_ssl_write mbedtls_ssl_setup
@@ -322,7 +323,7 @@ usage() {
 ./build.sh                    out/agent, the static release
 ./build.sh arm64              out/agent-arm64, the same for arm64
 ./build.sh debug              out/debug/agent and out/debug/unit, with sanitizers
-./build.sh test               the release and debug builds, then every test
+./build.sh test [all]         the release and debug builds, then the tests; all: the full matrix
 ./build.sh fuzz NAME [SECONDS]  tests/fuzz_NAME.c under libFuzzer
 ./build.sh run DIR ENTRYPOINT a guest that serves DIR on http://127.0.0.1:8080
 ./build.sh size               out/agent-all, with every library linked in whole

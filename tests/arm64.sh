@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The agent for arm64, under emulation. As a process of this machine it runs the programs of
 # this machine; in a machine of its own it is /init and PID 1, with Debian's kernel for arm64
-# and nothing else. tests/build.sh looks at the file itself.
+# and nothing else. Full matrix: it needs a compiler and an emulator of their own.
 . "$(dirname "$0")/lib.sh"
 
 need qemu-user-static qemu-system-arm gcc-aarch64-linux-gnu libc6-dev-arm64-cross
 "$GUEST_ROOT/build.sh" arm64 >&2
 ARM64=$T/agent-arm64
 cp "$GUEST_ROOT/out/agent-arm64" "$ARM64"
+check_release 'shortcoming 14: out/agent-arm64' "$ARM64" AArch64
 
 # serves NAME REGEX REQUEST…: request and http take the same arguments.
 serves() {

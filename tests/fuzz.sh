@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every fuzz target for a few seconds (FUZZ_SECONDS), on what it found before and from its own
-# seeds; `./build.sh fuzz NAME SECONDS` runs one for longer.
+# seeds; `./build.sh fuzz NAME SECONDS` runs one for longer. Full matrix: the agent is compiled
+# for each.
 TEST_SECONDS=${TEST_SECONDS:-600}
 . "$(dirname "$0")/lib.sh"
 

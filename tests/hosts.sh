@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Other hosts than the usual guest: a distribution's own kernel and initramfs, the agent as
 # /init of an initramfs, a kernel that mounts the root itself, a machine without PCI.
-# And how each kind of request to halt ends the machine.
+# And how each kind of request to halt ends the machine. Full matrix: it makes an image of a
+# whole distribution.
 TEST_SECONDS=${TEST_SECONDS:-600}   # its image takes some minutes to make
 . "$(dirname "$0")/lib.sh"
 

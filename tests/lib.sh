@@ -138,6 +138,27 @@ not() { ! "$@"; }
 
 ms() { date +%s%3N; }
 
+# ---- The release ------------------------------------------------------------------------
+
+# check_release NAME FILE MACHINE: as build.sh promises it to be.
+check_release() {
+    check "$1: static $3" is_static "$2" "$3"
+    check "$1: stripped" is_stripped "$2"
+    check "$1: no memory both writable and executable" has_no_writable_code "$2"
+    check "$1: no path of this machine inside" names_no_folder "$2"
+    check_at_most "$1: bytes" $((640 << 10)) "$(stat -c %s "$2")"
+}
+
+is_static() {
+    readelf -h "$1" | grep -q "Machine: .*$2" || { echo "not $2"; return 1; }
+    readelf -h "$1" | grep -q 'EXEC' || { echo "not a plain executable"; return 1; }
+    ! readelf -lW "$1" | grep -E 'INTERP|DYNAMIC'
+}
+
+is_stripped() { ! readelf -SW "$1" | grep -E 'symtab|debug'; }
+has_no_writable_code() { ! readelf -lW "$1" | grep -E 'RWE|GNU_STACK.*E '; }
+names_no_folder() { ! grep -aoE "$GUEST_ROOT|/usr/(lib|include|[a-z0-9_]*-linux-gnu)/[a-z]*" "$1"; }
+
 # ---- Guests -------------------------------------------------------------------------------
 
 # boot [KERNEL ARGUMENT…] [-- QEMU ARGUMENT…]: a guest with the agent as its init, up to its

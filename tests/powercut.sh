@@ -9,7 +9,7 @@
 . "$(dirname "$0")/lib.sh"
 
 need e2fsprogs
-CUTS=${CUTS:-25}                    # what one guest can mount; 50 take two minutes
+CUTS=${CUTS:-12}                    # 50 take two minutes
 PER_GUEST=25                        # disks that fit into one
 SEED=${SEED:-$RANDOM}
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Runs the tests: all of tests/*.sh, or those named (tests/run.sh http zip), and the unit
-# tests. Some scripts at a time, except those that measure time. Scripts that need no guest
-# run a second time with the sanitizer build. Failures come with what their script printed;
-# the last line is `N passed, N failed`.
+# Runs the unit tests and tests/*.sh: what holds before a change lands, or the full matrix
+# (tests/run.sh all), or those named (tests/run.sh http zip). Guests run the release. Scripts
+# that need no guest run with the sanitizer build; named, or in the full matrix, with the
+# release as well. Some scripts at a time, except those that measure time. Failures come with
+# what their script printed; the last line is `N passed, N failed`.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -16,16 +17,16 @@ trap 'exit 130' INT TERM
 is_test() { [[ $1 != lib && $1 != run ]]; }
 is_for_guests() { grep -qsE '^[^#]*\b(boot|start_guest|new_guest)\b' "tests/$1.sh"; }
 needs_no_guest() { grep -qsE '^[^#]*(\bns_start\b|"\$AGENT" run\b)' "tests/$1.sh"; }
-# The head of a script says whether it disturbs others, or minds being disturbed.
-runs_alone() { sed '/^[^#]/q' "tests/$1.sh" 2>/dev/null | grep -q 'Runs alone'; }
+# What the head of a script says of it: that it disturbs others, or minds being disturbed; that
+# it takes long for what it adds.
+head_says() { sed '/^[^#]/q' "tests/$1.sh" 2>/dev/null | grep -q "$2"; }
+runs_alone() { head_says "$1" 'Runs alone'; }
+is_for_matrix() { head_says "$1" 'Full matrix'; }
 
 seconds_for() {
     case $1 in
-    build) echo 900 ;;
-    fuzz) echo 600 ;;               # it compiles the agent once for each target
-    halt | volumes) echo 600 ;;     # a guest for each halt; many bad disks
-    hosts) echo 600 ;;              # it may wait for its own image
-    *) echo 300 ;;
+    build | fuzz | halt | hosts | volumes) echo 900 ;;
+    *) echo 400 ;;
     esac
 }
 
@@ -96,30 +97,34 @@ run_one() {
         run_script unit out/debug/unit
     elif is_for_guests "$name" && ! guests_work; then
         echo "FAIL $name: no guest can be booted" >"$LOGS/$name.log"
-    else
+    elif is_for_guests "$name" || ! needs_no_guest "$name" || [ ! -x out/debug/agent ]; then
         run_script "$name" bash "tests/$name.sh"
-        if needs_no_guest "$name" && ! is_for_guests "$name" && [ -x out/debug/agent ]; then
-            AGENT=out/debug/agent run_script "$name (sanitizers)" bash "tests/$name.sh"
-        fi
+    else
+        [ "$WHAT" = usual ] || run_script "$name" bash "tests/$name.sh"
+        AGENT=out/debug/agent run_script "$name (sanitizers)" bash "tests/$name.sh"
     fi
 }
 
+# What scripts take a part of, they then take whole.
+full_matrix() {
+    export HALTS=20 CUTS=50 FUZZ_SECONDS=60 NODES='14.21.3 16.20.2 18.20.8 20.20.2 22.23.3 24.21.0'
+}
+
 main() {
-    local names=() name file
-    if [ $# = 0 ]; then
+    local names=("$@") name file chosen=() guests=()
+    WHAT=named
+    if [ $# = 0 ] || [ "$*" = all ]; then
+        WHAT=${1:-usual}
+        names=(build)                   # the longest first
         [ ! -x out/debug/unit ] || names+=(unit)
-        names+=(build fuzz)             # the longest first
         for file in tests/*.sh; do
             name=${file##*/} name=${name%.sh}
-            [[ $name = build || $name = fuzz ]] || names+=("$name")
+            [ "$name" = build ] || { [ "$WHAT" = usual ] && is_for_matrix "$name"; } || names+=("$name")
         done
     fi
-    for name; do
-        name=${name##*/}
-        names+=("${name%.sh}")
-    done
-    local chosen=() guests=()
+    [ "$WHAT" != all ] || full_matrix
     for name in "${names[@]}"; do
+        name=${name##*/} name=${name%.sh}
         if [ "$name" = unit ] || is_test "$name" && ! is_for_guests "$name"; then
             chosen+=("$name")
         elif is_test "$name"; then

@@ -121,7 +121,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.path == "/gzip":
             fields, body = {"Content-Encoding": "gzip"}, gzip.compress(b"packed" * 1000)
         elif self.path == "/slow":
-            time.sleep(6)
+            time.sleep(7)
         elif self.path == "/posts":
             body = str(Handler.posts).encode()
         self.send_response(302 if self.path == "/moved" else 200)
@@ -139,7 +139,7 @@ END
 }
 
 executable() {
-    ns_start
+    boot
     configure "$(gateway)" server.py --interface executable >"$T/configured"
     check_match 'shortcoming 8: a redirect is passed on' '^HTTP/1.1 302.*Location: /elsewhere' "$(http /moved -i | tr -d '\r' | tr '\n' ' ')"
     check_eq 'shortcoming 8: a query is not encoded twice, port 80' '/q?a=%26%2B+x&b' "$(http '/q?a=%26%2B+x&b')"
@@ -147,7 +147,7 @@ executable() {
     check_eq 'shortcoming 8: a packed body keeps its length' 6000 "$(http /gzip | gzip -dc | wc -c)"
     check_match 'shortcoming 8: a POST without an answer is an error' '^HTTP/1.1 502' "$(http / -d x -i)"
     check_eq 'shortcoming 8: and is not repeated' 1 "$(http /posts)"
-    check_eq 'shortcoming 8: an answer after 6 s is not cut' /slow "$(http /slow)"
+    check_eq 'shortcoming 8: an answer after 7 s is not cut' /slow "$(http /slow)"
     stop
 }
 
