@@ -305,7 +305,7 @@ build_fuzz() {
     libraries fuzz
     mkdir -p out/fuzz
     say "compiling tests/fuzz_$1.c"
-    clang $CFLAGS ${FUZZ_CFLAGS-} $SANITIZE -fsanitize=fuzzer $INCLUDES "tests/fuzz_$1.c" "$OUT/vendor.a" \
+    clang $CFLAGS $SANITIZE -fsanitize=fuzzer $INCLUDES "tests/fuzz_$1.c" "$OUT/vendor.a" \
         -o "out/fuzz/$1"
 }
 

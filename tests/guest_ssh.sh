@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A real sshd in a guest: shortcoming 15 of the two scripts and threat T8.
+# A real sshd in a guest: shortcoming 15 of the two scripts and threat T8. Full matrix: an
+# emulated machine takes its time over keys. (ssh.sh has all but the server.)
 . "$(dirname "$0")/lib.sh"
 
 GOOD=(request /)

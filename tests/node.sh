@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# node.sh - the Node shim run by real Nodes, without the agent, and real frameworks in it.
+# node.sh - the Node shim run by real Nodes, without the agent, and real frameworks in it. Full
+# matrix: it fetches a Node of each generation.
 #
 #   tests/node.sh               every check with every Node
 #   tests/node.sh 18 NAME...    these checks with that Node only
-TEST_SECONDS=200
+TEST_SECONDS=900
 . "$(dirname "$0")/lib.sh"
 
-NODES=${NODES:-14.21.3 24.21.0}    # the oldest and the newest; guests have Debian's 18
+NODES=${NODES:-14.21.3 16.20.2 18.20.8 20.20.2 22.23.3 24.21.0}
 # The last of each that still runs on Node 14, and the ones of today.
 OLD='express@4.22.3 fastify@4.29.1 koa@2.16.4 hono@4.13.19'
 NEW='express@5.3.0 fastify@5.12.8 koa@3.3.0 hono@4.13.19'

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Node programs behind the agent: which Node runs them, what reaches them, how their errors
-# come back. (How programs may serve is node.sh.)
-TEST_SECONDS=200
+# come back. (How programs may serve is node.sh.) Full matrix: it fetches four Nodes.
+TEST_SECONDS=300
 . "$(dirname "$0")/lib.sh"
 
 FRAMEWORKS=$(npm_packages express@5.3.0 fastify@5.12.8 koa@3.3.0 hono@4.13.19)

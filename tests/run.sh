@@ -25,7 +25,7 @@ is_for_matrix() { head_says "$1" 'Full matrix'; }
 
 seconds_for() {
     case $1 in
-    build | fuzz | halt | hosts | volumes) echo 900 ;;
+    build | fuzz | halt | hosts | node | volumes) echo 900 ;;
     *) echo 400 ;;
     esac
 }
@@ -105,11 +105,6 @@ run_one() {
     fi
 }
 
-# What scripts take a part of, they then take whole.
-full_matrix() {
-    export HALTS=20 CUTS=50 FUZZ_SECONDS=60 NODES='14.21.3 16.20.2 18.20.8 20.20.2 22.23.3 24.21.0'
-}
-
 main() {
     local names=("$@") name file chosen=() guests=()
     WHAT=named
@@ -122,7 +117,6 @@ main() {
             [ "$name" = build ] || { [ "$WHAT" = usual ] && is_for_matrix "$name"; } || names+=("$name")
         done
     fi
-    [ "$WHAT" != all ] || full_matrix
     for name in "${names[@]}"; do
         name=${name##*/} name=${name%.sh}
         if [ "$name" = unit ] || is_test "$name" && ! is_for_guests "$name"; then
