@@ -325,6 +325,7 @@ usage() {
 ./build.sh debug              out/debug/agent and out/debug/unit, with sanitizers
 ./build.sh test [all]         the release and debug builds, then the tests; all: the full matrix
 ./build.sh fuzz NAME [SECONDS]  tests/fuzz_NAME.c under libFuzzer
+./build.sh bench [ROW...]     the agent beside other servers: out/bench/report.md and .svg
 ./build.sh run DIR ENTRYPOINT a guest that serves DIR on http://127.0.0.1:8080
 ./build.sh size               out/agent-all, with every library linked in whole
 ./build.sh clean              removes out/; downloads stay in vendor/cache
@@ -340,6 +341,7 @@ main() {
     release | arm64 | debug | size) locked "build_$word" ;;
     test) locked build_release; locked build_debug; exec tests/run.sh "$@" ;;
     fuzz) locked build_fuzz "${1:?NAME is missing}"; run_fuzz "$@" ;;
+    bench) locked build_release; exec bench/run.sh "$@" ;;
     run) locked build_release; . runtimes/guest.sh; guest_run "$@" ;;
     clean) rm -rf out ;;
     help | --help | -h) usage ;;
