@@ -117,14 +117,17 @@ struct log {
     char    *ring;                  /* NULL: no line yet, or no memory for it */
     size_t   ring_bytes;            /* the limit when the first line came: it may be set later */
     uint64_t ring_head;             /* bytes ever written to the ring */
-    char     pending[8192];         /* taken but not yet by the console */
+    char    *pending;               /* taken but not yet by the console */
     size_t   pending_len;
     unsigned dropped;               /* lines lost to the console since it was full */
     char     last[256];             /* last message, to fold repetitions */
     unsigned repeats;
 };
 
-static struct log agent_log = { .level = LOG_INFO, .fd = 2 };
+#define LOG_PENDING_BYTES   8192
+
+static char log_pending[LOG_PENDING_BYTES];
+static struct log agent_log = { .level = LOG_INFO, .fd = 2, .pending = log_pending };
 
 /* The level of that name, or -1. */
 static int log_level_of(const char *name)
@@ -159,7 +162,7 @@ static void log_flush(void)
         l->pending_len -= (size_t)n;
     }
     if (l->dropped > 0 && l->fd >= 0) {
-        l->pending_len = (size_t)snprintf(l->pending, sizeof l->pending,
+        l->pending_len = (size_t)snprintf(l->pending, LOG_PENDING_BYTES,
             "agent: console too slow, %u lines dropped\n", l->dropped);
         l->dropped = 0;
     }
@@ -196,7 +199,7 @@ static void log_line(const char *who, const char *p, size_t n)
     if (l->fd < 0)
         return;
     log_flush();
-    if (l->pending_len + len > sizeof l->pending) {
+    if (l->pending_len + len > LOG_PENDING_BYTES) {
         l->dropped++;
         return;
     }
@@ -5747,7 +5750,7 @@ static void runner_kill(struct runner *r)
             #symbol ":\n.incbin \"" file "\"\n" #symbol "_end:\n.previous\n"); \
     extern const char symbol[], symbol##_end[]
 
-EMBED(shim_worker, "shims/worker.py");
+EMBED(shim_worker, "out/shims/worker.py.gz");
 
 #define WORKER_SHIM     "worker.py"
 #define WORKER_STREAMS  256         /* buckets; streams are numbered in turn */
@@ -6382,7 +6385,7 @@ static void worker_configure(struct runner *r, const char *name, struct buf *mar
  * parses it strictly, what is ambiguous is refused, and a connection on which anything was
  * odd carries no second exchange. Node's shim gets the listening socket from us and says by
  * frames on fd 4 how far it is; whether another program listens, the kernel tells. */
-EMBED(shim_node, "shims/node.cjs");
+EMBED(shim_node, "out/shims/node.cjs.gz");
 
 #define NODE_SHIM           "node.cjs"
 #define UPSTREAM_CREDIT     (64 << 10)      /* response bytes that the front has not passed on */
@@ -7516,6 +7519,8 @@ enum program_state {
     PROGRAM_STOPPED     /* for halt: nothing starts any more */
 };
 
+#define PROGRAM_SHIM_MAX    (256 << 10)     /* bytes of a shim, unpacked */
+
 struct program {
     struct loop       *loop;
     struct children   *children;
@@ -7711,14 +7716,26 @@ static const struct runner_owner program_owner;
 
 /* Both shims are files of ours, written anew, as a program may have made them something else.
  * Puts the path into `out`. */
-static int program_write_shim(const struct program *p, const char *name, const char *text, const char *end,
+static int program_write_shim(const struct program *p, const char *name, const char *packed, const char *end,
                               char *out, size_t size, struct buf *why)
 {
+    z_stream s = { .next_in = (Bytef *)(uintptr_t)packed, .avail_in = (uInt)(end - packed) };
+    char *text = malloc(PROGRAM_SHIM_MAX);
+
     snprintf(out, size, "%s/%s", p->folder, name);
     unlink(out);
-    if (mkdir_all(p->folder, 0755) == 0 && file_write(out, text, (size_t)(end - text), 0644) == 0)
-        return 0;
-    return conf_wrong(why, "cannot write %s: %s", out, strerror(errno));
+    errno = ENOMEM;
+    int rc = text && inflateInit2(&s, MAX_WBITS + 16) == Z_OK ? 0 : -1;     /* + 16: as gzip has it */
+    if (rc == 0) {
+        s.next_out = (Bytef *)text;
+        s.avail_out = PROGRAM_SHIM_MAX;
+        rc = inflate(&s, Z_FINISH) == Z_STREAM_END ? 0 : -1;
+        inflateEnd(&s);
+        assert(rc == 0);                        /* it is ours: the build has made it */
+        rc = mkdir_all(p->folder, 0755) < 0 ? -1 : file_write(out, text, s.total_out, 0644);
+    }
+    free(text);
+    return rc < 0 ? conf_wrong(why, "cannot write %s: %s", out, strerror(errno)) : 0;
 }
 
 static int program_find_python(const struct program *p, char *out, size_t size, struct buf *why)
@@ -12919,12 +12936,13 @@ static void run_on_setup_failed(struct agent *a)
 
 static int run_main(int argc, char **argv)
 {
-    static struct agent a = { .is_process = true };
+    static struct agent a;
     const char *wrong;
     int usage = run_options(&a.options, argc, argv);
 
     if (usage)
         return usage < 0 ? EXIT_OK : usage;
+    a.is_process = true;
     a.boot.start_us = kernel_us();
     if ((wrong = run_check(&a))) {
         fprintf(stderr, "agent run: %s\n", wrong);

@@ -193,14 +193,14 @@ libraries() {
     [[ $1 != release ]] || { kernel_headers; musl; }
     local zip=vendor/src/zlib/contrib/minizip
     objects llhttp '' vendor/src/llhttp/src/*.c
-    # Its forced inlining makes yyjson three times as big and no faster.
-    objects yyjson '-Dyyjson_inline=inline -DYYJSON_DISABLE_NON_STANDARD -DYYJSON_DISABLE_UTILS' \
+    # Its forced inlining makes yyjson three times as big and no faster; numbers with a point are rare.
+    objects yyjson '-Dyyjson_inline=inline -DYYJSON_DISABLE_NON_STANDARD -DYYJSON_DISABLE_UTILS
+        -DYYJSON_DISABLE_FAST_FP_CONV' \
         vendor/src/yyjson/yyjson.c
     objects zlib '-DHAVE_UNISTD_H -DHAVE_STDARG_H' vendor/src/zlib/*.c
+    gcc -w -O1 -DHAVE_UNISTD_H -o "$OUT/minigzip" vendor/src/zlib/{*.c,test/minigzip.c}
     objects minizip '-DNOCRYPT -DNOUNCRYPT -DUSE_FILE32API' $zip/{zip,unzip,ioapi}.c
-    # Only `size` reaches it so far, and it takes longer than all the others.
-    [[ $1 != release || $ARCH ]] ||
-        objects mbedtls -Ivendor/src/mbedtls/library vendor/src/mbedtls/library/*.c vendor/mbedtls_*.c
+    objects mbedtls -Ivendor/src/mbedtls/library vendor/src/mbedtls/library/*.c vendor/mbedtls_*.c
     ar rcsD "$OUT/vendor.a" "$OUT"/obj/*.o
     echo "$stamp" >"$OUT/stamp"
 }
@@ -213,6 +213,13 @@ objects() {
     printf '%s\n' "$@" | xargs -P "$(nproc)" -I{} bash -c \
         'file={}; base=${file##*/}; exec "${@:2}" -c "$file" -o "$1-${base%.c}.o"' \
         - "$OUT/obj/$name" $CC -w $CFLAGS $flags $INCLUDES
+}
+
+# What agent.c embeds: deflated by the zlib that inflates it, as no two gzips give the same bytes.
+shims() {
+    local file
+    mkdir -p out/shims
+    for file in shims/*.*; do "$OUT/minigzip" -9 <"$file" >"out/shims/${file##*/}.gz"; done
 }
 
 kernel_headers() {
@@ -240,6 +247,7 @@ build_release() {
     local file=out/agent$ARCH
     libraries release
     [[ ! -e $file || $(cat "$OUT/agent.stamp" 2>/dev/null) != "$(agent_stamp)" ]] || return 0
+    shims
     say "compiling agent.c (release$ARCH)"
     $CC $STRICT $CFLAGS $INCLUDES -c agent.c -o "$OUT/agent.o"
     link_release "$file"
@@ -257,7 +265,7 @@ build_arm64() {
 
 # What $file was made from, and itself: nothing else tracks what .incbin reads.
 agent_stamp() {
-    { cat agent.[ch] shims/*.* "$OUT/stamp"; declare -p STRICT; declare -f link_release
+    { cat agent.[ch] shims/*.* "$OUT/stamp"; declare -p STRICT; declare -f link_release shims
       sha256sum <"$file"; } | sha256sum
 }
 
@@ -265,7 +273,7 @@ agent_stamp() {
 link_release() {
     local file=$1 crt=$OUT/musl/lib
     shift
-    $CC -static -no-pie -nostdlib -Wl,--gc-sections,--build-id=none,-z,noexecstack,-s "$@" \
+    $CC -static -no-pie -nostdlib -Wl,--gc-sections,--build-id=none,-z,noexecstack,-z,noseparate-code,-s "$@" \
         "$crt/crt1.o" "$crt/crti.o" "$OUT/agent.o" "$OUT/vendor.a" "$crt/libc.a" \
         "$($CC -print-libgcc-file-name)" "$crt/crtn.o" -o "$file"
     say "$file: $(stat -c %s "$file") bytes"
@@ -273,6 +281,7 @@ link_release() {
 
 build_debug() {
     libraries debug
+    shims
     mkdir -p out/debug
     say "compiling agent.c and tests/unit.c (debug)"
     debug_program agent.c out/debug/agent &
@@ -286,10 +295,8 @@ debug_program() { gcc $STRICT $CFLAGS $SANITIZE $INCLUDES "$1" "$OUT/vendor.a" -
 EVERYTHING='mbedtls_ssl_handshake mbedtls_ssl_read mbedtls_ssl_write mbedtls_ssl_setup
     mbedtls_ssl_close_notify mbedtls_ssl_config_defaults mbedtls_ssl_conf_own_cert
     mbedtls_ssl_conf_ca_chain mbedtls_ssl_conf_authmode mbedtls_ssl_conf_alpn_protocols
-    mbedtls_ssl_conf_sni mbedtls_ssl_set_hostname mbedtls_ssl_get_peer_cert mbedtls_strerror
-    mbedtls_x509_crt_parse mbedtls_x509_crt_parse_file mbedtls_x509_dn_gets mbedtls_pk_parse_key
-    mbedtls_pk_parse_keyfile mbedtls_pk_sign mbedtls_pk_verify mbedtls_rsa_pkcs1_sign
-    mbedtls_ecdsa_write_signature mbedtls_ecdsa_read_signature mbedtls_sha1 mbedtls_sha256
+    mbedtls_ssl_get_peer_cert mbedtls_x509_crt_parse mbedtls_x509_dn_gets mbedtls_pk_parse_key
+    mbedtls_pk_check_pair mbedtls_sha1 mbedtls_sha256
     mbedtls_sha512 psa_crypto_init yyjson_read_opts yyjson_write_opts yyjson_mut_write_opts
     zipOpen2_64 zipOpenNewFileInZip4_64 zipWriteInFileInZip zipCloseFileInZip zipClose
     unzOpen2_64 unzGoToNextFile unzGetCurrentFileInfo64 unzOpenCurrentFile unzReadCurrentFile
@@ -303,6 +310,7 @@ build_size() {
 
 build_fuzz() {
     libraries fuzz
+    shims
     mkdir -p out/fuzz
     say "compiling tests/fuzz_$1.c"
     clang $CFLAGS $SANITIZE -fsanitize=fuzzer $INCLUDES "tests/fuzz_$1.c" "$OUT/vendor.a" \

@@ -1,4 +1,4 @@
-/* What the agent needs of Mbed TLS: TLS 1.2 and 1.3, both ends, certificates of either
+/* What the agent needs of Mbed TLS: TLS 1.2 and 1.3 as a server, certificates of either
  * end, elliptic-curve key exchange, RSA and ECDSA keys, AES-GCM and ChaCha20-Poly1305.
  * Everything that is absent here is absent from the binary. */
 
@@ -8,14 +8,14 @@
 #define MBEDTLS_HAVE_TIME
 #define MBEDTLS_HAVE_TIME_DATE
 #define MBEDTLS_PLATFORM_C
-#define MBEDTLS_FS_IO
 #define MBEDTLS_PSA_CRYPTO_C                /* TLS 1.3 is written on top of it */
 #define MBEDTLS_PSA_CRYPTO_EXTERNAL_RNG
-#define MBEDTLS_ERROR_C
 
 /* ---- Ciphers and digests ---------------------------------------------------------- */
 #define MBEDTLS_AES_C
 #define MBEDTLS_AESNI_C
+#define MBEDTLS_AESCE_C
+#define MBEDTLS_AES_FEWER_TABLES            /* for processors without AES, which the slower way serves */
 #define MBEDTLS_GCM_C
 #define MBEDTLS_CHACHA20_C
 #define MBEDTLS_POLY1305_C
@@ -23,7 +23,6 @@
 #define MBEDTLS_CIPHER_C
 #define MBEDTLS_MD_C
 #define MBEDTLS_SHA1_C                      /* WebSocket handshakes, cache keys; no signatures */
-#define MBEDTLS_SHA224_C
 #define MBEDTLS_SHA256_C
 #define MBEDTLS_SHA384_C
 #define MBEDTLS_SHA512_C
@@ -40,13 +39,10 @@
 #define MBEDTLS_ECP_C
 #define MBEDTLS_ECP_DP_SECP256R1_ENABLED
 #define MBEDTLS_ECP_DP_SECP384R1_ENABLED
-#define MBEDTLS_ECP_DP_SECP521R1_ENABLED
 #define MBEDTLS_ECP_DP_CURVE25519_ENABLED
 #define MBEDTLS_ECP_NIST_OPTIM
 #define MBEDTLS_ECDH_C
 #define MBEDTLS_ECDSA_C
-#define MBEDTLS_ECDSA_DETERMINISTIC
-#define MBEDTLS_HMAC_DRBG_C                 /* deterministic ECDSA derives its nonce with it */
 #define MBEDTLS_PK_C
 #define MBEDTLS_PK_PARSE_C
 
@@ -56,10 +52,10 @@
 #define MBEDTLS_X509_USE_C
 #define MBEDTLS_X509_CRT_PARSE_C
 #define MBEDTLS_X509_RSASSA_PSS_SUPPORT
+#define MBEDTLS_X509_REMOVE_INFO
 
 /* ---- TLS -------------------------------------------------------------------------- */
 #define MBEDTLS_SSL_TLS_C
-#define MBEDTLS_SSL_CLI_C
 #define MBEDTLS_SSL_SRV_C
 #define MBEDTLS_SSL_PROTO_TLS1_2
 #define MBEDTLS_SSL_PROTO_TLS1_3
@@ -71,6 +67,5 @@
 #define MBEDTLS_SSL_KEEP_PEER_CERTIFICATE
 #define MBEDTLS_SSL_SERVER_NAME_INDICATION
 #define MBEDTLS_SSL_ALPN
-#define MBEDTLS_SSL_MAX_FRAGMENT_LENGTH
 #define MBEDTLS_SSL_IN_CONTENT_LEN   16384
 #define MBEDTLS_SSL_OUT_CONTENT_LEN  16384
