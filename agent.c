@@ -9919,6 +9919,7 @@ struct http {
     struct part         authority, name;            /* in ex.request.text */
     struct buf          connection, upgrade;        /* values of those fields */
     size_t              head_bytes, extra_bytes;    /* of this request: head; extensions, trailers */
+    size_t              line_bytes;                 /* between two pieces of its body */
     int64_t             body_bytes;
     unsigned            fields, hosts, codings;     /* all, Host and Transfer-Encoding fields */
     unsigned            protocol_bytes;             /* of "HTTP" seen */
@@ -10292,6 +10293,8 @@ static int http_on_url_complete(llhttp_t *parser)
     struct request *r = &h->ex.request;
     struct span all = buf_span(&r->text), s = all;
 
+    if (parser->method == HTTP_PRI || parser->method == HTTP_CONNECT || parser->method == HTTP_TRACE)
+        return http_wrong(h, 501, "a method that is not served");
     if (s.n > 7 && (strncasecmp(s.p, "http://", 7) == 0 || strncasecmp(s.p, "https://", 8) == 0)) {
         size_t skip = s.p[4] == ':' ? 7 : 8;
         s = (struct span){ s.p + skip, s.n - skip };
@@ -10333,8 +10336,6 @@ static int http_check_head(struct http *h)
 {
     const llhttp_t *p = &h->parser;
 
-    if (p->method == HTTP_PRI || p->method == HTTP_CONNECT || p->method == HTTP_TRACE)
-        return http_wrong(h, p->method == HTTP_PRI ? 505 : 405, "a method that is not served");
     if (p->http_major != 1 || p->http_minor > 1)
         return http_wrong(h, 505, "neither HTTP/1.0 nor HTTP/1.1");
     if (p->http_minor == 1 && h->hosts == 0)
@@ -10458,7 +10459,7 @@ static void http_reset(struct http *h)
     buf_fini(&h->upgrade);
     h->state = HTTP_IN_HEAD;
     h->authority = h->name = (struct part){ 0 };
-    h->head_bytes = h->extra_bytes = h->owed = 0;
+    h->head_bytes = h->extra_bytes = h->line_bytes = h->owed = 0;
     h->body_bytes = 0;
     h->fields = h->hosts = h->codings = h->protocol_bytes = 0;
     h->head_done = h->request_done = h->response_done = h->head_sent = false;
@@ -10490,11 +10491,18 @@ static bool http_feed(struct http *h, size_t n)
 {
     struct conn *c = &h->conn;
     const char *from = c->in.len > 0 ? buf_at(&c->in) : "";
+    int64_t before = h->body_bytes;
+    bool in_head = !h->head_done;
     llhttp_errno_t error = llhttp_execute(&h->parser, from, n);
     size_t used = error == HPE_OK ? n : (size_t)(llhttp_get_error_pos(&h->parser) - from);
 
     if (!h->head_done)
         h->head_bytes += used;
+    h->line_bytes = in_head || h->body_bytes > before ? 0 : h->line_bytes + used;
+    if (h->line_bytes > (size_t)limits.http_head_bytes && !h->request_done) {   /* zeros before a chunk's size */
+        http_refuse(h, 400, "a chunk's line is too long");
+        return false;
+    }
     if (error == HPE_OK || error == HPE_PAUSED) {
         if (error == HPE_PAUSED)
             llhttp_resume(&h->parser);

@@ -111,6 +111,7 @@ carries 'a response of 3 MiB' single $((3 * MIB))
 carries 'a response of 3 MiB in 50 parts' parts 50 $((3 * MIB / 50 + 1))
 carries '64 requests at once' at_once 64
 carries 'a request of 2 s delays no other' beside 20
+checks_from env PYTHONDONTWRITEBYTECODE=1 timeout 120 "$PYTHON" "$TESTS/http_raw.py" "hybrid:$SOCK:80" "$CONSOLE" 0 table
 baseline
 for port in 52 80; do
     before=$(pid1_kib VmRSS)

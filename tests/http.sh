@@ -5,10 +5,13 @@
 
 # drive GROUP: its lines are checks; then the standing rule.
 drive() {
-    checks_from env SANITIZED="$SANITIZED" PYTHONDONTWRITEBYTECODE=1 timeout 120 \
-        "$PYTHON" "$TESTS/http_raw.py" "$HTTP" "$CONSOLE" "$PID1" "$1"
+    checks_from $WITHIN env SANITIZED="$SANITIZED" PYTHONDONTWRITEBYTECODE=1 timeout 120 \
+        "$PYTHON" "$TESTS/http_raw.py" "${FRONT:-$HTTP}" "$CONSOLE" "$PID1" "$1"
     guest_ok "$1: well afterwards"
 }
+
+WITHIN='' FRONT=''
+drive_tcp() { WITHIN="nsenter --net=/proc/$PID1/ns/net" FRONT=$TCP drive "$1"; }
 
 GOOD=(http /bytes/6)
 
@@ -19,13 +22,17 @@ warm_up() {
     baseline
 }
 
-ns_start
+TCP=tcp:127.0.0.1:8088              # of the namespaces' own loopback
+ns_start --http "$TCP"
 configure "$APPS/echo" main:app
 warm_up
-for group in parser lengths lines bytes versions sizes paths smuggling bodies methods keepalive \
+for group in parser lengths lines bytes versions sizes chunks paths smuggling bodies methods keepalive \
     expect leaving memory unread together programs idle; do
     drive "$group"
 done
+drive table
+drive_tcp table
+drive_tcp resets
 
 ns_start --limit http_body_bytes=1048576 --limit silent_ms=600 --limit head_ms=800 \
     --limit body_ms=700 --limit idle_ms=900 --limit response_head_ms=1500 \

@@ -2,8 +2,8 @@
 
     http_raw.py SOCKET CONSOLE PID GROUP...
 
-SOCKET is the front's, behind it runs apps/echo; CONSOLE is the file that the agent logs to,
-PID the agent. Each check is one line, `ok NAME` or `FAIL NAME: why`. It reads responses with
+SOCKET is the front's, a path, tcp:HOST:PORT or hybrid:PATH:PORT; behind it runs apps/echo.
+CONSOLE is the file that the agent logs to, PID the agent. Each check is one line, `ok NAME` or `FAIL NAME: why`. It reads responses with
 a parser of its own, so that a mistake of the agent's cannot hide on both ends.
 """
 import contextlib
@@ -53,10 +53,25 @@ class Response:
         return next((value for key, value in self.headers if key == name), default)
 
 
+def connect(where):
+    kind, _, rest = where.partition(":")
+    place, _, port = rest.rpartition(":")
+    if kind == "tcp":
+        sock = socket.create_connection((place, int(port)))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(place if kind == "hybrid" else where)      # waits while the queue is full, as it blocks still
+    if kind == "hybrid":
+        sock.sendall(b"CONNECT %s\n" % port.encode())
+        while sock.recv(1) not in (b"\n", b""):
+            pass
+    return sock
+
+
 class Client:
     def __init__(self, timeout=30):
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(SOCKET)           # waits while the queue is full, as it blocks still
+        self.sock = connect(SOCKET)
         self.sock.settimeout(timeout)
         self.data = b""
 
@@ -71,18 +86,20 @@ class Client:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.sock.sendall(data)
 
-    def send_bytes(self, data):
-        """One byte at a time: each is read by the agent before the next is sent."""
+    def send_bytes(self, data, ends=True):
+        """One byte at a time: each is read by the agent before the next is sent. An answer ends it."""
         room = bytearray(4)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for at in range(len(data)):
                 self.sock.sendall(data[at:at + 1])
                 end = time.monotonic() + 10
-                while struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(room)))[0]:
+                if self.sock.family == socket.AF_INET:      # what it tells is not what was read
+                    time.sleep(0.0003)
+                while self.sock.family == socket.AF_UNIX and struct.unpack("i", fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(room)))[0]:
                     if time.monotonic() > end:
                         raise TimeoutError("byte %d is not read" % at)
                     time.sleep(0.00003)
-                if at % 16 == 15 and self.has_answer():
+                if ends and at % 16 == 15 and self.has_answer():
                     break
 
     def has_answer(self):
@@ -326,13 +343,13 @@ def group_parser():
         ("P3 HTTP/1.0 with Transfer-Encoding, keep-alive", b"POST / HTTP/1.0\r\n" + HOST
          + b"Connection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNKS, 400),
         ("P4 gzip, chunked", post(b"Transfer-Encoding: gzip, chunked\r\n", CHUNKS), (400, 501)),
-        ("P5 PRI", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", (400, 405, 505)),
-        ("P5 PRI with Host", b"PRI * HTTP/1.1\r\n" + HOST + b"\r\n", (400, 405, 505)),
-        ("P5 CONNECT", b"CONNECT guest:80 HTTP/1.1\r\n" + HOST + b"\r\n", (400, 405, 501)),
-        ("P5 CONNECT with a coding", b"CONNECT guest:80 HTTP/1.1\r\n" + HOST
-         + b"Transfer-Encoding: gzip\r\n\r\nhello", (400, 405, 501)),
-        ("P5 CONNECT of a path", b"CONNECT / HTTP/1.1\r\n" + HOST + b"\r\n", (400, 405, 501)),
-        ("P5 TRACE", b"TRACE / HTTP/1.1\r\n" + HOST + b"\r\n", (405, 501)),
+        ("P5 A23 PRI", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 501),
+        ("P5 A23 PRI with Host", b"PRI * HTTP/1.1\r\n" + HOST + b"\r\n", 501),
+        ("P5 A23 CONNECT", b"CONNECT guest:80 HTTP/1.1\r\n" + HOST + b"\r\n", 501),
+        ("P5 A23 CONNECT with a coding", b"CONNECT guest:80 HTTP/1.1\r\n" + HOST
+         + b"Transfer-Encoding: gzip\r\n\r\nhello", 501),
+        ("P5 A23 CONNECT of a path", b"CONNECT / HTTP/1.1\r\n" + HOST + b"\r\n", 501),
+        ("P5 A23 TRACE", b"TRACE / HTTP/1.1\r\n" + HOST + b"\r\n", 501),
     ])
     refuse([("26 a WebSocket request with a body",
              post(b"Connection: Upgrade\r\nUpgrade: websocket\r\nContent-Length: 5\r\n", b"hello"), 400)])
@@ -513,6 +530,46 @@ def group_sizes():
             equal("A14 %s is taken" % name, 200, client.response().status)
 
 
+def group_chunks():
+    """What says how long a body's pieces are, and what stands around them."""
+    ends = b"\r\n0\r\n\r\n"
+    refuse([("A12 a chunk's size %r" % size.decode("latin-1"), chunked(size + b"\r\nhello" + ends), 400, True)
+            for size in (b"10000000000000005", b"fffffffffffffffff", b"ffffffffffffffff5", b"0_5", b"5_", b"+5", b"-5",
+                         b"0x5", b"5h", b"", b" 5", b"5 ", b"5\t", b"\t5", b"5,5", b"5.0", b"five", b"\xb25", b"5\0",
+                         b"5;\0", b"5;a=\x01", b"5;a=\"b")]
+           + [("A12 an extension that ends in LF", chunked(b"2;\nhi" + ends), 400, True),
+              ("A12 an extension of 1 MiB", chunked(b"5;x=" + b"e" * MIB + b"\r\nhello" + ends), 400, True),
+              ("A12 an extension's name of 1 MiB", chunked(b"5;" + b"e" * MIB + b"\r\nhello" + ends), 400, True),
+              ("A12 an extension in quotes of 1 MiB", chunked(b"5;x=\"" + b"e" * MIB + b"\"\r\nhello" + ends), 400, True),
+              ("A12 1,000 extensions", chunked(b"1;extension=1\r\na\r\n" * 1000 + b"0\r\n\r\n"), 400, True),
+              ("A12 zeros without end", chunked(b"0" * MIB + b"5\r\nhello" + ends), 400, True),
+              ("A12 zeros without end for the last", chunked(b"5\r\nhello\r\n" + b"0" * MIB + b"\r\n\r\n"), 400, True),
+              ("A12 more bytes than the size", chunked(b"4\r\nhello" + ends), 400, True),
+              ("A12 fewer bytes than the size", chunked(b"6\r\nhello" + ends), 400, True),
+              ("A13 a trailer of 1 MiB", chunked(CHUNKS[:-2] + b"X: " + b"t" * MIB + b"\r\n\r\n"), 400, True),
+              ("A13 a trailer's name of 1 MiB", chunked(CHUNKS[:-2] + b"t" * MIB + b": x\r\n\r\n"), 400, True),
+              ("A13 5,000 trailers", chunked(CHUNKS[:-2] + b"X: y\r\n" * 5000 + b"\r\n"), 400, True),
+              ("A13 a folded trailer", chunked(CHUNKS[:-2] + b"X: y\r\n z\r\n\r\n"), 400, True),
+              ("A13 NUL in a trailer", chunked(CHUNKS[:-2] + b"X: y\0z\r\n\r\n"), 400, True)])
+    accept([("A12 a size in 16 digits", chunked(b"0000000000000005\r\nhello" + ends)),
+            ("A12 a size in letters, large and small", chunked(b"Aa\r\n" + b"b" * 170 + ends)),
+            ("A12 extensions", chunked(b"5;a;b=c;d=\"e f\"\r\nhello\r\n0;last\r\n\r\n"))])
+    for field in (b"Content-Length: 3", b"Host: evil", b"Transfer-Encoding: chunked", b"X-Forwarded-For: 1.2.3.4", b"Cookie: a=b"):
+        for way in ("whole", "bytes"):
+            with Client() as client:
+                raw = chunked(CHUNKS[:-2] + field + b"\r\n\r\n")
+                (client.send if way == "whole" else client.send_bytes)(raw)
+                answer = client.response()
+                found = json.loads(answer.body)["headers"] if answer.status == 200 else None
+                why = "the program sees %r" % found if found and found != [["host", "guest"]] else \
+                      None if found or answer.status == 400 else "status %d" % answer.status
+                if why is None and found and client.ask("/next").status != 200:
+                    why = "the next request fails"
+            if why:
+                break
+        report("A13 a trailer %s is no header" % field.decode(), why)
+
+
 def group_limits():
     """Under http_body_bytes=1048576."""
     over = MIB + 1
@@ -540,6 +597,116 @@ def group_limits():
                 sent += MIB
         grown = rss_kib() - before
         expect("A15 the body is not kept", SANITIZED or grown < 512, "%d MiB sent, %d KiB more" % (sent / MIB, grown))
+
+
+# ---- A table for every kind of front --------------------------------------------------------
+
+P = b"POST / HTTP/1.1\r\n" + HOST
+CODING = b"Transfer-Encoding: chunked\r\n"
+TABLE = [   # name, bytes, the statuses of the answers to them; after one of 400 and up the connection ends
+    ("GET", get(HOST), 200),
+    ("HTTP/1.0", get(b"", b"HTTP/1.0"), 200),
+    ("two GET", get(HOST) + get(HOST), 200, 200),
+    ("GET, then rubbish", get(HOST) + b"?\r\n\r\n", 200, 400),
+    ("HEAD, then GET", b"HEAD / HTTP/1.1\r\n" + HOST + b"\r\n" + get(HOST), 200, 200),
+    ("a length", P + b"Content-Length: 5\r\n\r\nhello" + get(HOST), 200, 200),
+    ("chunks", P + CODING + b"\r\n" + CHUNKS + get(HOST), 200, 200),
+    ("chunks with an extension and a trailer", P + CODING + b"\r\n5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n" + get(HOST), 200, 200),
+    ("Expect: 100-continue", P + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\nhello", 100, 200),
+    ("OPTIONS *", b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n", 200),
+    ("an absolute target", get(HOST, target=b"http://guest/x?y"), 200),
+    ("an empty line before", b"\r\n" + get(HOST), 200),
+    ("Connection: close, then GET", get(HOST + b"Connection: close\r\n") + get(HOST), 200),
+    ("an IPv6 Host", get(b"Host: [::1]:80\r\n"), 200),
+    ("1 length and coding", P + CODING + b"Content-Length: 5\r\n\r\n" + CHUNKS, 400),
+    ("2 two codings", P + CODING + CODING + b"\r\n" + CHUNKS, 400),
+    ("3 xchunked", P + b"Transfer-Encoding: xchunked\r\n\r\n" + CHUNKS, 501),
+    ("3 chunked, identity", P + b"Transfer-Encoding: chunked, identity\r\n\r\n" + CHUNKS, 400),
+    ("3 gzip, chunked", P + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + CHUNKS, 501),
+    ("3 VT after the coding", P + b"Transfer-Encoding: chunked\x0b\r\n\r\n" + CHUNKS, 400),
+    ("3 coding in HTTP/1.0", b"POST / HTTP/1.0\r\n" + CODING + b"\r\n" + CHUNKS, 400),
+    ("4 length +5", P + b"Content-Length: +5\r\n\r\nhello", 400),
+    ("4 length -1", P + b"Content-Length: -1\r\n\r\n", 400),
+    ("4 length 0x5", P + b"Content-Length: 0x5\r\n\r\nhello", 400),
+    ("4 length 5,5", P + b"Content-Length: 5,5\r\n\r\nhello", 400),
+    ("4 length 5 5", P + b"Content-Length: 5 5\r\n\r\nhello", 400),
+    ("4 length of 20 digits", P + b"Content-Length: 99999999999999999999\r\n\r\n", 400),
+    ("4 length empty", P + b"Content-Length:\r\n\r\n", 400),
+    ("4 two lengths", P + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello", 400),
+    ("5 LF after the request line", b"GET / HTTP/1.1\n" + HOST + b"\r\n", 400),
+    ("5 LF after a field", b"GET / HTTP/1.1\r\nHost: guest\n\r\n", 400),
+    ("5 CR in a value", get(HOST + b"X: a\rb\r\n"), 400),
+    ("5 CR after a chunk's size", P + CODING + b"\r\n5\rhello\r\n0\r\n\r\n", 400),
+    ("5 LF after a trailer", P + CODING + b"\r\n5\r\nhello\r\n0\r\nX: y\n\r\n", 400),
+    ("6 folded", get(HOST + b"X: a\r\n b\r\n"), 400),
+    ("7 space before a colon", get(b"Host : guest\r\n"), 400),
+    ("8 space before the first field", get(b" Host: guest\r\n"), 400),
+    ("9 NUL in a value", get(HOST + b"X: a\0b\r\n"), 400),
+    ("9 NUL in a name", get(HOST + b"X\0: b\r\n"), 400),
+    ("9 DEL in a value", get(HOST + b"X: a\x7fb\r\n"), 400),
+    ("9 a control byte in the target", get(HOST, target=b"/\x01"), 400),
+    ("10 no version", b"GET /\r\n" + HOST + b"\r\n", 505),
+    ("10 HTTP/0.9", get(HOST, b"HTTP/0.9"), 505),
+    ("10 HTTP/9.9", get(HOST, b"HTTP/9.9"), 400),
+    ("10 HTTP/2.0", get(HOST, b"HTTP/2.0"), 505),
+    ("10 http/1.1", get(HOST, b"http/1.1"), 400),
+    ("10 space after the version", get(HOST, b"HTTP/1.1 "), 400),
+    ("11 no Host", get(b""), 400),
+    ("11 two Host", get(HOST + HOST), 400),
+    ("11 a bad Host", get(b"Host: a b\r\n"), 400),
+    ("11 an empty Host", get(b"Host:\r\n"), 400),
+    ("12 a chunk's size of 17 digits", P + CODING + b"\r\n10000000000000005\r\nhello\r\n0\r\n\r\n", 400),
+    ("12 a chunk's size 0_2", P + CODING + b"\r\n0_2\r\nhi\r\n0\r\n\r\n", 400),
+    ("12 a chunk's size +2", P + CODING + b"\r\n+2\r\nhi\r\n0\r\n\r\n", 400),
+    ("12 an extension that ends in LF", P + CODING + b"\r\n2;\nhi\r\n0\r\n\r\n", 400),
+    ("12 5 KiB of extension", P + CODING + b"\r\n2;" + b"e" * 5120 + b"\r\nhi\r\n0\r\n\r\n", 400),
+    ("13 5 KiB of trailers", P + CODING + b"\r\n0\r\nX: " + b"t" * 5120 + b"\r\n\r\n", 400),
+    ("14 a head of 80 KiB", get(HOST + b"X: " + b"y" * 81920 + b"\r\n"), 431),
+    ("14 257 fields", get(HOST + b"X: y\r\n" * 256), 431),
+    ("14 a target of 17 KiB", get(HOST, target=b"/" + b"t" * 17408), 414),
+    ("21 another Expect", P + b"Expect: 200-ok\r\nContent-Length: 5\r\n\r\nhello", 417),
+    ("23 CONNECT", b"CONNECT guest:80 HTTP/1.1\r\n" + HOST + b"\r\n", 501),
+    ("23 TRACE", b"TRACE / HTTP/1.1\r\n" + HOST + b"\r\n", 501),
+    ("23 PRI", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 501),
+    ("24 a star for GET", get(HOST, target=b"*"), 400),
+    ("24 an absolute target without a host", get(HOST, target=b"http:///"), 400),
+    ("24 another scheme", get(HOST, target=b"ftp://guest/"), 400),
+    ("24 a fragment", get(HOST, target=b"/a#b"), 400),
+    ("26 a WebSocket request with a body", P + b"Connection: Upgrade\r\nUpgrade: websocket\r\nContent-Length: 2\r\n\r\nhi", 400),
+    ("a method in small letters", b"get / HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    ("an unknown method", b"FETCH / HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(32), 400),
+]
+
+
+def group_table():
+    front = SOCKET.partition(":")[0] if ":" in SOCKET else "unix"
+    for name, raw, *statuses in TABLE:
+        why = None
+        for way in ("whole", "bytes") if len(raw) < 400 else ("whole",):
+            with Client() as client:
+                if way == "whole":
+                    client.send(raw)
+                else:
+                    client.send_bytes(raw, statuses[0] >= 400)
+                try:
+                    seen = []
+                    for number in range(len(statuses)):
+                        answer = client.response("HEAD" if raw.startswith(b"HEAD") and not number else "GET")
+                        seen.append(answer.status)
+                    if seen != statuses and not (statuses[0] == 100 and seen[0] == 200):
+                        why = "statuses %r" % seen
+                    elif answer.status >= 400 and answer.get("connection") != "close":
+                        why = "it does not say that it closes"
+                    elif (answer.status >= 400 or b"Connection: close" in raw) and not client.is_ended():
+                        why = "more comes after the answer"
+                except (Ended, OSError, ValueError) as exc:
+                    why = repr(exc)
+            if why:
+                break
+        report("table, %s: %s" % (front, name), why and "(sent in %s) %s, expected %r" % (way, why, statuses))
+    expect("table, %s: %d requests" % (front, len(TABLE)), len(TABLE) >= 60)
+    equal("table, %s: a good request after all that" % front, 200, ask("/").status)
 
 
 # ---- What a program sees ------------------------------------------------------------------
@@ -587,10 +754,10 @@ def group_smuggling():
         answer = client.response()
         if answer.status == 200:
             names = [name for name, _ in json.loads(answer.body)["headers"]]
-            equal("T4 trailers are no headers", (1, 0, "/inner"), (names.count("host"),
+            equal("A13 trailers are no headers", (1, 0, "/inner"), (names.count("host"),
                   names.count("content-length") + names.count("x-trailer"), json.loads(client.response().body)["path"]))
         else:
-            equal("T4 trailers are refused", 400, answer.status)
+            equal("A13 trailers are refused", 400, answer.status)
     with Client() as client:
         client.send(get(HOST + b"X-One: a\r\nx-two:\tb \r\nX-One: c\r\nCookie: d=e\r\n", target=b"/x?y"))
         answer = json.loads(client.response().body)
@@ -657,14 +824,14 @@ def group_bodies():
 def group_methods():
     with Client() as client:
         answer = client.ask("/length/7/7", "HEAD")
-        equal("HEAD has the length and no body", ("7", 200), (answer.get("content-length"), answer.status))
+        equal("A22 HEAD has the length and no body", ("7", 200), (answer.get("content-length"), answer.status))
         equal("HEAD: the next request works", b"x" * 7, client.ask("/length/7/7").body)
         answer = client.ask("/bytes/100000", "HEAD")
         equal("HEAD of a body without length", 200, answer.status)
         equal("HEAD: the next request works after that", b"xxx", client.ask("/bytes/3").body)
         for number in (204, 304):
             answer = client.ask("/status/%d" % number)
-            equal("%d has no body" % number, (number, None, None),
+            equal("A22 %d has no body" % number, (number, None, None),
                   (answer.status, answer.get("transfer-encoding"), answer.get("content-length")))
             equal("%d: the next request works" % number, b"xxx", client.ask("/bytes/3").body)
         answer = client.ask("/status/205")
@@ -717,6 +884,16 @@ def group_keepalive():
                              for n in range(1, 50)))
         equal("pipelined with bodies: each its own", [n for n in range(1, 50) for _ in (0, 1)],
               [json.loads(client.response().body)["body_bytes"] for _ in range(98)])
+    before = rss_kib()
+    with Client() as client:                # nothing is read before all was sent, if it is taken
+        raw = b"".join(get(HOST + b"X: %s\r\n" % (b"p" * 200), target=b"/p/%d" % n) for n in range(1000))
+        writer = threading.Thread(target=client.send, args=(raw,))
+        writer.start()
+        grown = highest_rss(1) - before
+        seen = [json.loads(client.response().body)["path"] for _ in range(1000)]
+        writer.join()
+        equal("A20 1,000 pipelined in one write: answered in order", ["/p/%d" % n for n in range(1000)], seen)
+        expect("A20 the queue is bounded: %d KiB more" % grown, SANITIZED or grown <= 512, "more than 512 KiB")
     with Client() as client:
         client.send(get(HOST) + b"BAD\r\n\r\n")
         equal("pipelined, the second bad", [200, 400], [client.response().status, client.response().status])
@@ -724,14 +901,14 @@ def group_keepalive():
     with Client() as client:
         client.send(get(HOST, target=b"/sleep/0.2"))
         client.sock.shutdown(socket.SHUT_WR)
-        equal("a client that half-closes is answered", 200, client.response().status)
+        equal("A18 a client that half-closes is answered", 200, client.response().status)
         expect("a client that half-closes: closed", client.is_ended(), "more comes")
 
 
 def group_expect():
     with Client() as client:
         client.send(post(b"Expect: 100-continue\r\nContent-Length: 5\r\n", b""))
-        equal("Expect: 100 comes before the body", 100, client.response().status)
+        equal("A21 Expect: 100 comes before the body", 100, client.response().status)
         client.send(b"hello")
         equal("Expect: then the answer", (200, 5), (lambda a: (a.status, json.loads(a.body)["body_bytes"]))(client.response()))
         client.send(post(b"expect: 100-Continue\r\nTransfer-Encoding: chunked\r\n", b""))
@@ -742,7 +919,7 @@ def group_expect():
         equal("Expect: no 100 without a body", 200, client.response().status)
         client.send(b"POST / HTTP/1.0\r\n" + HOST + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\nhello")
         equal("Expect: no 100 in HTTP/1.0", 200, client.response().status)
-    refuse([("Expect: of another kind", post(b"Expect: 200-ok\r\nContent-Length: 5\r\n"), 417),
+    refuse([("A21 Expect: of another kind", post(b"Expect: 200-ok\r\nContent-Length: 5\r\n"), 417),
             ("Expect: two of them, one bad", post(b"Expect: 100-continue\r\nExpect: x\r\nContent-Length: 5\r\n"), 417)])
 
 
@@ -778,6 +955,26 @@ def group_leaving():
         expect("a client ends within its body: no answer as if it were whole", b" 200 " not in found, found)
     equal("a client ends within its body: the program hears it", before[2] + 1, seen_soon(2, before[2] + 1))
     equal("clients that left: no descriptor is left", baseline, settled(descriptors, baseline))
+
+
+def group_resets():
+    """A19: clients that break off (TCP: close(2) with SO_LINGER of 0 s)."""
+    baseline = descriptors()
+    for what, raw, answers in (("while they wait", get(HOST, target=b"/never"), False),
+                               ("inside a response", get(HOST, target=b"/stream/100000/65536"), True),
+                               ("inside a body", post(b"Content-Length: 10\r\n"), False)):
+        before = counts()
+        for _ in range(20):
+            with Client() as client:
+                client.send(raw)
+                if answers:
+                    client.head()
+                    client.chunk()
+                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                if not answers:             # a reset may overtake the request
+                    settled(lambda: counts()[0] > before[0] + _, True)
+        equal("A19 20 clients break off %s: the program hears it" % what, before[2] + 20, seen_soon(2, before[2] + 20))
+    equal("A19 clients that broke off: no descriptor is left", baseline, settled(descriptors, baseline))
 
 
 def highest_rss(seconds):
