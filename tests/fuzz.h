@@ -80,6 +80,15 @@ static bool is_one_map(struct span s)
     return s.n > 0 && mp_peek(&in) == MP_MAP && mp_skip(&in) && in.n == 0;
 }
 
+/* What came of the input at once, and in pieces; frees both. */
+static inline void demand_same(struct buf *whole, struct buf *pieces)
+{
+    demand(whole->len == pieces->len && memcmp(buf_span(whole).p, buf_span(pieces).p, whole->len) == 0,
+           "the outcome depends on the pieces");
+    buf_fini(whole);
+    buf_fini(pieces);
+}
+
 /* An instruction that asks for a path. */
 static inline void seed_scope(struct buf *out, const char *type)
 {

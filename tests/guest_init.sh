@@ -108,19 +108,7 @@ assert_console_has '68: it was killed after the grace' 'did not end within 3000 
 
 # An initramfs whose init comes after the usual one and takes its place: all drivers are there,
 # as if built in, and no module; nothing is mounted.
-bare_initramfs() {
-    mkdir "$T/bare"
-    {
-        echo '#!/bin/busybox sh'
-        echo "modules='$MODULES_DISK $MODULES_REST'"
-        cat <<'INIT'
-bb=/bin/busybox
-$bb mount -t proc proc /proc
-$bb mount -t devtmpfs dev /dev
-$bb modprobe -a $modules
-echo "guest: modules loaded"
-until [ -b /dev/vda ]; do $bb usleep 5000; done
-$bb mount -o ro /dev/vda /root
+overriding_initramfs "$T/initrd" "$MODULES_DISK $MODULES_REST" <<'INIT'
 $bb mkdir /bare
 $bb mount -t tmpfs tmpfs /bare
 $bb mkdir /bare/upper /bare/work /bare/root
@@ -131,12 +119,6 @@ $bb umount /dev
 $bb umount /proc
 exec $bb switch_root /bare/root /sbin/init <&- >&- 2>&-
 INIT
-    } >"$T/bare/init"
-    chmod 755 "$T/bare/init"
-    { cat "$GUEST_INITRAMFS"; (cd "$T/bare" && echo init | cpio -o -H newc --quiet -R 0:0); } >"$T/initrd"
-}
-
-bare_initramfs
 boot -- -initrd "$T/initrd"
 check '69: configured' configure "$APPS/tenant" main:app
 check_eq '69: answers' tenant "$(request /)"

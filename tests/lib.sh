@@ -190,6 +190,28 @@ initramfs() {
     rm -r "$tree"
 }
 
+# overriding_initramfs PATH MODULES: the usual one with an init of the script's own, whose lines
+# after the mount of /dev/vda on /root come from standard input; $bb is busybox.
+overriding_initramfs() {
+    mkdir "$T/initramfs"
+    {
+        echo '#!/bin/busybox sh'
+        echo "modules='$2'"
+        cat <<'INIT'
+bb=/bin/busybox
+$bb mount -t proc proc /proc
+$bb mount -t devtmpfs dev /dev
+$bb modprobe -a $modules
+echo "guest: modules loaded"
+until [ -b /dev/vda ]; do $bb usleep 5000; done
+$bb mount -o ro /dev/vda /root
+INIT
+        cat
+    } >"$T/initramfs/init"
+    chmod 755 "$T/initramfs/init"
+    { cat "$GUEST_INITRAMFS"; (cd "$T/initramfs" && echo init | cpio -o -H newc --quiet -R 0:0); } >"$1"
+}
+
 new_guest() {
     guest_image "$TEST_IMAGE" >&2
     new_folder

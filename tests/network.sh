@@ -139,19 +139,7 @@ unspawn ${PIDS[one]} ${PIDS[two]}
 
 # An initramfs whose init comes after the usual one and takes its place: no overlay is to be
 # had, and /etc is a folder of the read-only root that holds a file and a link to nowhere.
-read_only_initramfs() {
-    mkdir "$T/bare"
-    {
-        echo '#!/bin/busybox sh'
-        echo "modules='$MODULES_DISK ${MODULES_REST/overlay/}'"
-        cat <<'INIT'
-bb=/bin/busybox
-$bb mount -t proc proc /proc
-$bb mount -t devtmpfs dev /dev
-$bb modprobe -a $modules
-echo "guest: modules loaded"
-until [ -b /dev/vda ]; do $bb usleep 5000; done
-$bb mount -o ro /dev/vda /root
+overriding_initramfs "$T/initrd" "$MODULES_DISK ${MODULES_REST/overlay/}" <<'INIT'
 $bb mount -t tmpfs tmpfs /root/lib/modules
 $bb mkdir /etc
 $bb mount -t tmpfs tmpfs /etc
@@ -165,12 +153,6 @@ $bb mount --move /dev /root/dev
 $bb umount /proc
 exec $bb switch_root /root /sbin/init
 INIT
-    } >"$T/bare/init"
-    chmod 755 "$T/bare/init"
-    { cat "$GUEST_INITRAMFS"; (cd "$T/bare" && echo init | cpio -o -H newc --quiet -R 0:0); } >"$T/initrd"
-}
-
-read_only_initramfs
 boot -- -initrd "$T/initrd"
 check_match 'network: a root without overlay' '^/dev/vda / ext4 ro' "$(shell 'cat /proc/mounts')"
 refused 'network: a program that fails there' 1 'at import' \
