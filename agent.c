@@ -18,7 +18,7 @@
  *     whoever caused it and once in the log.
  *
  * Sections, each using only those above it (grep '^/\* ====' agent.c):
- *   log sys buf loop text mp conf boot net zip vol child conn exchange runner worker upstream
+ *   log sys buf loop text mp conf boot net zip vol child conn exchange websocket runner worker upstream
  *   node program job data ssh setup aleph http pump bridge call forward init run main
  */
 #define _GNU_SOURCE
@@ -74,6 +74,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <mbedtls/base64.h>
+#include <mbedtls/sha1.h>
+#include <wslay/wslay.h>
 #include <zlib.h>
 
 #include "agent.h"
@@ -5626,6 +5629,364 @@ static void exchange_start(struct exchange *ex, struct loop *loop, const struct 
     loop_after(loop, &ex->timer, limits.response_head_ms);
 }
 
+/* ==== websocket: RFC 6455 between a tunnel and a program that has messages ========
+ * After a 101 a front hands on bytes as they come, both ways. For a backend whose program
+ * knows messages, wslay takes the client's frames apart and checks them; pings are answered
+ * here. A piece of a message takes its size and that of a worker's frame of credit, so that
+ * empty messages are not free. A Close is answered by a Close, then the connection ends; who
+ * does not answer ours has limits.linger_ms. */
+#define WEBSOCKET_PIECE_COST    FRAME_HEADER_BYTES
+#define WEBSOCKET_REASON_MAX    123     /* a control frame has 125 bytes, section 5.5 */
+#define WEBSOCKET_KEY_CHARS     24      /* 16 bytes in base64 */
+#define WEBSOCKET_ACCEPT_CHARS  28      /* a SHA-1 in base64 */
+
+/* The backend that has the program. */
+struct websocket_user {
+    size_t (*room)(void *stream);       /* credit for pieces */
+    void   (*piece)(void *stream, bool is_text, struct span, bool last);
+    void   (*credit)(void *stream, size_t n);
+    void   (*gone)(void *stream, int code, struct span reason);     /* nothing is called after */
+};
+
+struct websocket {
+    struct exchange             *ex;
+    const struct websocket_user *user;
+    void                        *stream;    /* the user's own; NULL: only the Close is still to come */
+    wslay_event_context_ptr      wslay;
+    struct watch                 timer;     /* the next ping, or its answer; the client's Close */
+    struct span                  input;     /* what wslay has not read; for one call */
+    struct buf                   piece;     /* of the client's message; for one call */
+    struct buf                   reason;    /* of the client's Close */
+    uint64_t                     message_bytes;     /* of the client's message so far */
+    size_t                       unread, cost;      /* not yet taken by the client: bytes, credit for pieces */
+    bool                         is_control, is_text;       /* the client's frame, its message */
+    bool                         within, within_text;       /* a message of the program */
+    bool                         pinged;
+};
+
+static bool request_is_websocket(const struct request *r)
+{
+    return field_is_named_in(request_part(r, r->upgrade), SPAN("websocket"));
+}
+
+/* Checks the client's handshake, section 4.2.1, and makes the answer to its key. False: it is
+ * refused and the exchange has ended. */
+static bool websocket_shake(struct exchange *ex, char accept[WEBSOCKET_ACCEPT_CHARS + 1])
+{
+    static const char version_field[] = "sec-websocket-version\0" "13";
+    struct span rest = request_part(&ex->request, ex->request.fields), name, value, key = SPAN("");
+    unsigned char bytes[20], text[] = "------------------------258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
+    bool is_13 = false;
+    unsigned keys = 0;
+    size_t n = 0;
+
+    while (field_next(&rest, &name, &value))
+        if (span_eq_nocase(name, "sec-websocket-version")) {
+            is_13 = span_eq(value, "13");
+        } else if (span_eq_nocase(name, "sec-websocket-key")) {
+            key = value;
+            keys++;
+        }
+    bool key_ok = keys == 1 && key.n == WEBSOCKET_KEY_CHARS
+               && mbedtls_base64_decode(bytes, 16, &n, (const unsigned char *)key.p, key.n) == 0 && n == 16;
+    const char *wrong = !span_eq(request_part(&ex->request, ex->request.method), "GET") ? "it is no GET"
+                      : !is_13 ? "Sec-WebSocket-Version is not 13"
+                      : !key_ok ? "Sec-WebSocket-Key is not 16 bytes in base64" : NULL;
+    if (wrong) {
+        char why[96];
+        snprintf(why, sizeof why, "a WebSocket handshake is refused: %s\n", wrong);
+        log_info("%.*s", (int)strlen(why) - 1, why);
+        exchange_answer(ex, is_13 ? 400 : 426, (struct span){ version_field, sizeof version_field }, 1, span_of(why));
+        return false;
+    }
+    memcpy(text, key.p, key.n);
+    mbedtls_sha1(text, sizeof text - 1, bytes);
+    mbedtls_base64_encode((unsigned char *)accept, WEBSOCKET_ACCEPT_CHARS + 1, &n, bytes, sizeof bytes);
+    return true;
+}
+
+/* May stand in a Close, section 7.4, as IANA lists them. */
+static bool websocket_code_ok(unsigned code)
+{
+    return (code >= 1000 && code <= 1014 && (code < 1004 || code > 1006)) || (code >= 3000 && code <= 4999);
+}
+
+static void websocket_free(struct websocket *ws)
+{
+    loop_never(ws->ex->loop, &ws->timer);
+    wslay_event_context_free(ws->wslay);
+    buf_fini(&ws->piece);
+    buf_fini(&ws->reason);
+    free(ws);
+}
+
+static void websocket_end(struct websocket *ws)
+{
+    struct exchange *ex = ws->ex;
+
+    websocket_free(ws);
+    exchange_end(ex);
+}
+
+/* The program's side is over. */
+static void websocket_leave(struct websocket *ws, int code, struct span reason)
+{
+    if (ws->stream)
+        ws->user->gone(ws->stream, code, reason);
+    ws->stream = NULL;
+    loop_after(ws->ex->loop, &ws->timer, limits.linger_ms);
+}
+
+/* ---- to the client ---- */
+
+static void websocket_write(struct websocket *ws, struct span data)
+{
+    ws->unread += data.n;
+    exchange_data(ws->ex, data);
+}
+
+/* One frame, which a server does not mask: section 5.2. */
+static void websocket_frame(struct websocket *ws, enum wslay_opcode opcode, struct span data, bool last)
+{
+    char head[10] = { (char)((last ? 0x80 : 0) | (int)opcode) };
+    size_t more = data.n < 126 ? 0 : data.n <= 0xffff ? 2 : 8;
+
+    head[1] = (char)(more == 0 ? data.n : more == 2 ? 126 : 127);
+    for (size_t i = 0; i < more; i++)
+        head[2 + i] = (char)((uint64_t)data.n >> 8 * (more - 1 - i));
+    websocket_write(ws, (struct span){ head, 2 + more });
+    if (data.n > 0)
+        websocket_write(ws, data);
+}
+
+/* A piece of a message from the program. False: of another kind than the pieces before. */
+static bool websocket_send(struct websocket *ws, bool is_text, struct span data, bool last)
+{
+    if (ws->within && ws->within_text != is_text)
+        return false;
+    ws->cost += data.n + WEBSOCKET_PIECE_COST;
+    websocket_frame(ws, ws->within ? WSLAY_CONTINUATION_FRAME : is_text ? WSLAY_TEXT_FRAME : WSLAY_BINARY_FRAME,
+                    data, last);
+    ws->within = !last;
+    ws->within_text = is_text;
+    return true;
+}
+
+/* Sends a Close, whose answer ends the exchange; the program is not told. */
+static void websocket_close(struct websocket *ws, unsigned code, struct span reason)
+{
+    ws->stream = NULL;
+    wslay_event_queue_close(ws->wslay, (uint16_t)code, (const uint8_t *)reason.p,
+                            utf8_cut(reason, WEBSOCKET_REASON_MAX).n);
+    wslay_event_send(ws->wslay);
+    websocket_leave(ws, 0, reason);
+    exchange_room_grew(ws->ex);
+}
+
+/* ---- from the client: what wslay calls ---- */
+
+static ssize_t websocket_on_read(wslay_event_context_ptr ctx, uint8_t *to, size_t len, int flags, void *arg)
+{
+    struct websocket *ws = arg;
+    size_t n = ws->input.n < len ? ws->input.n : len;
+
+    (void)flags;
+    if (n == 0) {
+        wslay_event_set_error(ctx, WSLAY_ERR_WOULDBLOCK);
+        return -1;
+    }
+    memcpy(to, ws->input.p, n);
+    ws->input = (struct span){ ws->input.p + n, ws->input.n - n };
+    return (ssize_t)n;
+}
+
+static ssize_t websocket_on_write(wslay_event_context_ptr ctx, const uint8_t *data, size_t len, int flags, void *arg)
+{
+    (void)ctx;
+    (void)flags;
+    websocket_write(arg, (struct span){ (const char *)data, len });
+    return (ssize_t)len;
+}
+
+static void websocket_on_frame(wslay_event_context_ptr ctx, const struct wslay_event_on_frame_recv_start_arg *frame, void *arg)
+{
+    struct websocket *ws = arg;
+
+    ws->is_control = wslay_is_ctrl_frame(frame->opcode);
+    if (ws->is_control)
+        return;
+    if (frame->opcode != WSLAY_CONTINUATION_FRAME) {
+        ws->is_text = frame->opcode == WSLAY_TEXT_FRAME;
+        ws->message_bytes = 0;
+    }
+    ws->message_bytes += frame->payload_length;
+    if (ws->message_bytes > (uint64_t)limits.websocket_message_bytes) {
+        wslay_event_queue_close(ctx, WSLAY_CODE_MESSAGE_TOO_BIG, NULL, 0);
+        wslay_event_shutdown_read(ctx);
+    }
+}
+
+static void websocket_on_bytes(wslay_event_context_ptr ctx, const struct wslay_event_on_frame_recv_chunk_arg *chunk, void *arg)
+{
+    struct websocket *ws = arg;
+
+    if (!ws->is_control && ws->stream && wslay_event_get_read_enabled(ctx))
+        buf_add(&ws->piece, chunk->data, chunk->data_length);
+}
+
+static void websocket_hand_on(struct websocket *ws, bool last)
+{
+    if (ws->stream && (ws->piece.len > 0 || last))
+        ws->user->piece(ws->stream, ws->is_text, buf_span(&ws->piece), last);
+    buf_drop(&ws->piece, ws->piece.len);
+}
+
+static void websocket_on_message(wslay_event_context_ptr ctx, const struct wslay_event_on_msg_recv_arg *m, void *arg)
+{
+    struct websocket *ws = arg;
+
+    if (m->opcode == WSLAY_CONNECTION_CLOSE && m->msg_length > 2)
+        buf_add(&ws->reason, m->msg + 2, m->msg_length - 2);
+    else if (!wslay_is_ctrl_frame(m->opcode) && wslay_event_get_read_enabled(ctx) && !ws->piece.failed)
+        websocket_hand_on(ws, true);
+}
+
+/* ---- what the front calls ---- */
+
+/* So many bytes cost no more than the credit: a message has a head of at least 6. */
+static size_t websocket_room(struct exchange *ex)
+{
+    const struct websocket *ws = ex->stream;
+
+    if (!ws->stream)
+        return CONN_READ_BYTES;
+    size_t room = ws->unread < CONN_OUT_HIGH ? ws->user->room(ws->stream) : 0;
+    return room > WEBSOCKET_PIECE_COST ? (room - WEBSOCKET_PIECE_COST) / 2 : 0;
+}
+
+static void websocket_body(struct exchange *ex, struct span data, bool last)
+{
+    static const char protocol_error[] = { (char)(WSLAY_CODE_PROTOCOL_ERROR >> 8), (char)(WSLAY_CODE_PROTOCOL_ERROR & 0xff) };
+    struct websocket *ws = ex->stream;
+
+    ws->input = data;
+    if (data.n > 0 && ws->stream) {
+        ws->pinged = false;
+        loop_after(ex->loop, &ws->timer, limits.websocket_ping_ms);
+    }
+    int rc = wslay_event_recv(ws->wslay);
+    bool no_memory = rc == WSLAY_ERR_NOMEM || ws->piece.failed || ws->reason.failed;
+    if (!no_memory)
+        websocket_hand_on(ws, false);
+    if (rc == WSLAY_ERR_CALLBACK_FAILURE) {         /* a malformed frame: its Close would have no code */
+        wslay_event_shutdown_write(ws->wslay);
+        websocket_frame(ws, WSLAY_CONNECTION_CLOSE, (struct span){ protocol_error, sizeof protocol_error }, true);
+    } else if (rc == 0) {
+        rc = wslay_event_send(ws->wslay);
+    }
+    if (wslay_event_get_close_received(ws->wslay) || last || no_memory) {
+        bool closed = wslay_event_get_close_received(ws->wslay);
+        websocket_leave(ws, closed ? wslay_event_get_status_code_received(ws->wslay) : WSLAY_CODE_ABNORMAL_CLOSURE,
+                        buf_span(&ws->reason));
+        websocket_end(ws);
+    } else if (ws->stream && !wslay_event_get_read_enabled(ws->wslay)) {
+        int code = rc == 0 ? wslay_event_get_status_code_sent(ws->wslay) : WSLAY_CODE_PROTOCOL_ERROR;
+        log_info("websocket: the client broke the protocol, closed with %d", code);
+        websocket_leave(ws, code, SPAN(""));
+    }
+}
+
+static void websocket_consumed(struct exchange *ex, size_t n)
+{
+    struct websocket *ws = ex->stream;
+
+    ws->unread -= n < ws->unread ? n : ws->unread;
+    size_t credit = ws->unread > 0 && n < ws->cost ? n : ws->cost;
+    ws->cost -= credit;
+    if (ws->stream && credit > 0)
+        ws->user->credit(ws->stream, credit);
+    exchange_room_grew(ex);
+}
+
+static void websocket_cancel(struct exchange *ex)
+{
+    struct websocket *ws = ex->stream;
+
+    websocket_leave(ws, WSLAY_CODE_ABNORMAL_CLOSURE, SPAN(""));
+    websocket_free(ws);
+}
+
+static const struct backend websocket_backend = {
+    .room = websocket_room, .body = websocket_body, .consumed = websocket_consumed, .cancel = websocket_cancel,
+};
+
+/* A client that says nothing is asked, as long as we would read its answer. */
+static void websocket_on_deadline(struct watch *w)
+{
+    struct websocket *ws = CONTAINER(w, struct websocket, timer);
+
+    if (!ws->stream) {
+        websocket_end(ws);
+    } else if (websocket_room(ws->ex) > 0 && ws->pinged) {
+        log_info("websocket: the client does not answer a ping, closed");
+        websocket_leave(ws, WSLAY_CODE_ABNORMAL_CLOSURE, SPAN(""));
+        websocket_close(ws, WSLAY_CODE_INTERNAL_SERVER_ERROR, SPAN("no answer to a ping"));
+    } else {
+        if (!ws->pinged)
+            websocket_frame(ws, WSLAY_PING, SPAN(""), true);
+        ws->pinged = true;
+        loop_after(ws->ex->loop, &ws->timer, limits.websocket_ping_ms);
+    }
+}
+
+/* The program accepts: answers 101 with its fields and takes the exchange over. NULL: it has
+ * failed, user->gone has been called. */
+static struct websocket *websocket_open(struct exchange *ex, const char *accept, struct span fields,
+                                        const struct websocket_user *user, void *stream)
+{
+    static const struct wslay_event_callbacks callbacks = {
+        .recv_callback = websocket_on_read, .send_callback = websocket_on_write,
+        .on_frame_recv_start_callback = websocket_on_frame, .on_frame_recv_chunk_callback = websocket_on_bytes,
+        .on_msg_recv_callback = websocket_on_message,
+    };
+    struct websocket *ws = calloc(1, sizeof *ws);
+    struct response_head h = { .status = 101, .fields_count = 3 };
+    struct span rest = fields, name, value;
+    struct buf all = { 0 };
+
+    if (!ws || wslay_event_context_server_init(&ws->wslay, &callbacks, ws) != 0) {
+        free(ws);
+        exchange_cancel_fail(ex, FAILURE_NO_MEMORY, "no memory for a WebSocket");
+        return NULL;
+    }
+    wslay_event_config_set_no_buffering(ws->wslay, 1);
+    ws->ex = ex;
+    ws->user = user;
+    ws->stream = stream;
+    ws->timer = (struct watch){ .fd = -1, .on_deadline = websocket_on_deadline };
+    ex->backend = &websocket_backend;
+    ex->stream = ws;
+    ex->may_upgrade = true;
+    buf_add(&all, "upgrade\0websocket\0connection\0Upgrade\0sec-websocket-accept", 58);
+    buf_add(&all, accept, WEBSOCKET_ACCEPT_CHARS + 1);
+    while (field_next(&rest, &name, &value))
+        if (!field_is_dropped(fields, name) && !span_eq_nocase(name, "content-length")
+            && !span_eq_nocase(name, "sec-websocket-accept") && !span_eq_nocase(name, "sec-websocket-extensions")) {
+            buf_add(&all, name.p, name.n + value.n + 2);
+            h.fields_count++;
+        }
+    h.fields = buf_span(&all);
+    if (all.failed)
+        exchange_cancel_fail(ex, FAILURE_NO_MEMORY, "no memory for a WebSocket");
+    else
+        exchange_head(ex, &h);
+    buf_fini(&all);
+    if (!ex->backend)
+        return NULL;
+    loop_after(ex->loop, &ws->timer, limits.websocket_ping_ms);
+    return ws;
+}
+
 /* ==== runner: the program's process ==============================================
  * What a Python worker and a program that speaks HTTP have in common: one child, what it
  * prints, how far it has come, how it ends. The two sections that follow are its kinds; the
@@ -5764,6 +6125,8 @@ struct stream {
     int64_t          send_credit;   /* body bytes that we may send */
     int64_t          recv_credit;   /* body bytes that the worker may send */
     bool             is_event, head_seen, body_sent;
+    char             accept[WEBSOCKET_ACCEPT_CHARS + 1];    /* of a WebSocket's handshake, or "" */
+    struct websocket *ws;           /* once the program has accepted it, while `ex` is there */
     struct stream   *next;
 };
 
@@ -5872,7 +6235,7 @@ static void marshal_scope(struct buf *out, const struct request *r)
         buf_add_byte(out, MARSHAL_DICT_END);
         return;
     }
-    marshal_key(out, "http");
+    marshal_key(out, request_is_websocket(r) ? "websocket" : "http");
     marshal_key(out, "http_version");
     marshal_key(out, r->http_version);
     marshal_key(out, "method");
@@ -5981,15 +6344,20 @@ static struct exchange *stream_close(struct stream **at)
     return ex;
 }
 
-static size_t stream_room(struct exchange *ex)
+static size_t stream_credit(void *stream)
 {
-    const struct stream *s = ex->stream;
+    const struct stream *s = stream;
 
     if (s->worker->out.len >= WORKER_OUT_HIGH) {
         s->worker->choked = true;
         return 0;
     }
     return s->send_credit > 0 && !s->body_sent ? (size_t)s->send_credit : 0;
+}
+
+static size_t stream_room(struct exchange *ex)
+{
+    return stream_credit(ex->stream);
 }
 
 /* Lets the bodies go on that found `out` too long. */
@@ -6014,12 +6382,17 @@ static void stream_body(struct exchange *ex, struct span data, bool last)
     frame_send(s->worker, s->id, FRAME_REQUEST_BODY, last ? FRAME_END : 0, data);
 }
 
-static void stream_consumed(struct exchange *ex, size_t n)
+static void stream_give(void *stream, size_t n)
 {
-    struct stream *s = ex->stream;
+    struct stream *s = stream;
 
     s->recv_credit += (int64_t)n;
     frame_window(s->worker, s->id, n);
+}
+
+static void stream_consumed(struct exchange *ex, size_t n)
+{
+    stream_give(ex->stream, n);
 }
 
 static void stream_cancel(struct exchange *ex)
@@ -6030,12 +6403,36 @@ static void stream_cancel(struct exchange *ex)
     frame_send(s->worker, s->id, FRAME_DISCONNECT, 0, SPAN(""));
 }
 
+static void stream_piece(void *stream, bool is_text, struct span data, bool last)
+{
+    struct stream *s = stream;
+
+    s->send_credit -= (int64_t)data.n + WEBSOCKET_PIECE_COST;
+    assert(s->send_credit >= 0);
+    frame_send(s->worker, s->id, is_text ? FRAME_TEXT : FRAME_BINARY, last ? FRAME_END : 0, data);
+}
+
+static void stream_gone(void *stream, int code, struct span reason)
+{
+    struct stream *s = stream;
+    char text[2 + WEBSOCKET_REASON_MAX] = { (char)code, (char)(code >> 8) };
+
+    memcpy(text + 2, reason.p, reason.n);
+    s->ex = NULL;
+    s->ws = NULL;
+    frame_send(s->worker, s->id, FRAME_DISCONNECT, 0, (struct span){ text, 2 + reason.n });
+}
+
+static const struct websocket_user worker_websockets = {
+    .room = stream_credit, .piece = stream_piece, .credit = stream_give, .gone = stream_gone,
+};
+
 static const struct backend worker_backend = {
     .room = stream_room, .body = stream_body, .consumed = stream_consumed, .cancel = stream_cancel,
 };
 
 /* Sends the request on; body bytes may follow at once. -1: no memory. */
-static int worker_request(struct worker *w, struct exchange *ex)
+static int worker_request(struct worker *w, struct exchange *ex, const char *accept)
 {
     struct stream *s = calloc(1, sizeof *s);
 
@@ -6044,6 +6441,7 @@ static int worker_request(struct worker *w, struct exchange *ex)
     *s = (struct stream){ .id = w->next_id, .ex = ex, .worker = w, .send_credit = WORKER_CREDIT,
                           .recv_credit = WORKER_CREDIT, .is_event = ex->request.is_event,
                           .body_sent = !ex->request.has_body };
+    memcpy(s->accept, accept, sizeof s->accept);
     size_t at = frame_begin(w);
     marshal_scope(&w->out, &ex->request);
     if (w->out.failed) {            /* the frames before this one are whole */
@@ -6097,16 +6495,20 @@ static void worker_on_head(struct worker *w, struct stream *s, struct span paylo
         return;
     }
     s->head_seen = true;
-    if (s->ex)
+    if (s->ex && s->accept[0] && h.status == 101) {
+        s->body_sent = false;
+        s->ws = websocket_open(s->ex, s->accept, h.fields, &worker_websockets, s);
+    } else if (s->ex) {
         exchange_head(s->ex, &h);
+    }
 }
 
 static void worker_on_body(struct worker *w, struct stream **at, struct span payload, bool last)
 {
     struct stream *s = *at;
 
-    if (s->ex && !s->head_seen && !s->is_event) {
-        runner_break(&w->runner, "it sent a body before its head");
+    if (s->ws || (s->ex && !s->head_seen && !s->is_event)) {
+        runner_break(&w->runner, "it sent a body %s", s->ws ? "through a WebSocket" : "before its head");
         return;
     }
     s->recv_credit -= (int64_t)payload.n;
@@ -6123,16 +6525,50 @@ static void worker_on_body(struct worker *w, struct stream **at, struct span pay
         exchange_end(ex);
 }
 
+static void stream_fail(struct stream **at, enum failure kind, struct span text, struct span traceback)
+{
+    struct websocket *ws = (*at)->ws;
+    struct exchange *ex = stream_close(at);
+
+    if (ws)
+        websocket_close(ws, WSLAY_CODE_INTERNAL_SERVER_ERROR, SPAN(""));
+    else if (ex)
+        exchange_fail(ex, kind, text, traceback);
+}
+
 static void worker_on_failure(struct stream **at, struct span payload)
 {
-    struct exchange *ex = stream_close(at);
     struct span text, traceback;
 
     failure_split(payload, &text, &traceback);
-    if (!ex)
+    if ((*at)->ex)
+        log_info("request failed: %.*s", (int)text.n, text.p);
+    stream_fail(at, FAILURE_EXCEPTION, text, traceback);
+}
+
+static void worker_on_piece(struct worker *w, struct stream *s, unsigned type, struct span payload, bool last)
+{
+    s->recv_credit -= (int64_t)payload.n + WEBSOCKET_PIECE_COST;
+    if (s->recv_credit < 0 || (s->ex && !s->ws))
+        runner_break(&w->runner, "it sent a message %s", s->recv_credit < 0
+                     ? "that it had no credit for" : "where there is no WebSocket");
+    else if (s->ws && !websocket_send(s->ws, type == FRAME_TEXT, payload, last))
+        runner_break(&w->runner, "it sent a message of two kinds");
+}
+
+static void worker_on_close(struct worker *w, struct stream **at, struct span payload)
+{
+    struct websocket *ws = (*at)->ws;
+    unsigned code = payload.n < 2 ? 0 : frame_u32((char[4]){ payload.p[0], payload.p[1] });
+    struct span reason = { payload.p + 2, payload.n - 2 };
+
+    if (!websocket_code_ok(code) || reason.n > WEBSOCKET_REASON_MAX || !utf8_ok(reason) || ((*at)->ex && !ws)) {
+        runner_break(&w->runner, "it closed a WebSocket with %u, which cannot be", code);
         return;
-    log_info("request failed: %.*s", (int)text.n, text.p);
-    exchange_fail(ex, FAILURE_EXCEPTION, text, traceback);
+    }
+    stream_close(at);
+    if (ws)
+        websocket_close(ws, code, reason);
 }
 
 static void worker_on_stream(struct worker *w, uint32_t id, unsigned type, unsigned flags, struct span payload)
@@ -6152,6 +6588,13 @@ static void worker_on_stream(struct worker *w, uint32_t id, unsigned type, unsig
         break;
     case FRAME_FAILURE:
         worker_on_failure(at, payload);
+        break;
+    case FRAME_TEXT:
+    case FRAME_BINARY:
+        worker_on_piece(w, s, type, payload, flags & FRAME_END);
+        break;
+    case FRAME_CLOSE:
+        worker_on_close(w, at, payload);
         break;
     case FRAME_WINDOW:
         if (payload.n != 4 || (s->send_credit += frame_u32(payload.p)) > WORKER_CREDIT)
@@ -6298,11 +6741,8 @@ static void worker_fail_all(struct runner *r, enum failure kind, struct span tex
     struct worker *w = worker_of(r);
 
     for (size_t i = 0; i < WORKER_STREAMS; i++)
-        while (w->streams[i]) {
-            struct exchange *ex = stream_close(&w->streams[i]);
-            if (ex)
-                exchange_fail(ex, kind, text, traceback);
-        }
+        while (w->streams[i])
+            stream_fail(&w->streams[i], kind, text, traceback);
 }
 
 static void worker_deafen(struct runner *r)
@@ -6325,10 +6765,13 @@ static void worker_stop(struct runner *r)
 static void worker_request_any(struct runner *r, struct exchange *ex)
 {
     struct worker *w = worker_of(r);
+    char accept[WEBSOCKET_ACCEPT_CHARS + 1] = "";
 
+    if (request_is_websocket(&ex->request) && !websocket_shake(ex, accept))
+        return;
     if (w->out.len >= WORKER_OUT_MAX)
         exchange_fail(ex, FAILURE_NOT_STARTED, SPAN("too many requests wait for the program to read them"), SPAN(""));
-    else if (worker_request(w, ex) == 0)
+    else if (worker_request(w, ex, accept) == 0)
         exchange_room_grew(ex);
     else
         exchange_fail(ex, FAILURE_NO_MEMORY, SPAN("no memory for the request"), SPAN(""));

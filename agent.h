@@ -64,6 +64,8 @@
  * opened by FRAME_REQUEST and closed by the worker with exactly one of
  * FRAME_RESPONSE_BODY + FRAME_END or FRAME_FAILURE, also after FRAME_DISCONNECT, which
  * the worker answers at once. A frame for a stream that is not open is a protocol error.
+ * A WebSocket is a FRAME_REQUEST whose scope says so; FRAME_RESPONSE_HEAD with 101 accepts it,
+ * any other status is the answer to a client that is not let in.
  *
  * Flow control: a sender may have WORKER_CREDIT body bytes under way per stream and
  * direction; the receiver gives more with FRAME_WINDOW (u32 bytes) as it consumes. */
@@ -74,7 +76,7 @@ enum frame_type {
     FRAME_CONFIGURE      = 1,   /* stream 0: marshal v2 dict, see worker.py */
     FRAME_REQUEST        = 2,   /* marshal v2 dict: the ASGI scope; END: no body follows */
     FRAME_REQUEST_BODY   = 3,   /* body bytes; END: the last, may be empty */
-    FRAME_DISCONNECT     = 4,   /* empty: nobody waits for the answer any more */
+    FRAME_DISCONNECT     = 4,   /* empty: nobody waits for the answer any more; an accepted WebSocket: as CLOSE */
     FRAME_SHUTDOWN       = 5,   /* stream 0, empty: lifespan shutdown, then exit 0 */
     /* both */
     FRAME_WINDOW         = 6,   /* u32: that many more body bytes may come */
@@ -85,6 +87,10 @@ enum frame_type {
     FRAME_RESPONSE_HEAD  = 10,  /* u16 status, u16 n, then n times name NUL value NUL */
     FRAME_RESPONSE_BODY  = 11,  /* body bytes; END: the response is complete */
     FRAME_FAILURE        = 12,  /* message NUL traceback: the program raised before the end */
+    FRAME_CLOSE          = 15,  /* u16 code, reason: the program ends a WebSocket, and with it the stream */
+    /* both */
+    FRAME_TEXT           = 13,  /* piece of a WebSocket's message; END: its last. It takes its length */
+    FRAME_BINARY         = 14,  /* and FRAME_HEADER_BYTES of the credit */
 };
 
 #define FRAME_END           0x01    /* flag: last frame of its direction */
@@ -101,6 +107,7 @@ enum frame_type {
     X(http_head_bytes,    64 << 10,   1 << 10, 1 << 20, "request head: request line and fields") \
     X(http_target_bytes,  16 << 10,   256,     1 << 20, "request target") \
     X(http_chunk_ext_bytes, 4 << 10,  0,       1 << 20, "chunk extensions and trailers of one request") \
+    X(websocket_message_bytes, 17 << 20, 1,   INT64_C(1) << 30, "message of a WebSocket's client") \
     X(head_fields,        256,        8,       4096,    "fields of one head, either way") \
     X(head_bytes,         64 << 10,   1 << 10, 1 << 20, "head of one response") \
     X(command_bytes,      64 << 10,   256,     1 << 20, "text of one !command") \
@@ -129,6 +136,7 @@ enum frame_type {
     X(idle_ms,            75000,      100,     3600000, "between requests of one connection") \
     X(body_ms,            60000,      100,     3600000, "silence inside a request body") \
     X(send_ms,            60000,      100,     3600000, "a client that does not read its response") \
+    X(websocket_ping_ms,  20000,      10,     3600000, "silence of a WebSocket's client: it is pinged, then closed") \
     X(response_head_ms,   300000,     100,     3600000, "the program's response head") \
     X(start_ms,           50000,      100,     3600000, "the program's start; the host gives a configuration 60 s") \
     X(exec_wait_ms,       1000,       10,      3600000, "an executable that has run for so long counts as started") \

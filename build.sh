@@ -160,7 +160,8 @@ fetch_all() {
 
 INCLUDES='-Ivendor -DMBEDTLS_CONFIG_FILE=<mbedtls_config.h>
     -isystem vendor/src/llhttp/include -isystem vendor/src/yyjson -isystem vendor/src/zlib
-    -isystem vendor/src/zlib/contrib/minizip -isystem vendor/src/mbedtls/include'
+    -isystem vendor/src/zlib/contrib/minizip -isystem vendor/src/mbedtls/include
+    -isystem vendor/src/wslay/includes'
 
 # variant NAME: how this variant is compiled. The release sees musl's headers, the
 # compiler's own and the kernel's, and nothing else of the machine.
@@ -200,6 +201,7 @@ libraries() {
     objects zlib '-DHAVE_UNISTD_H -DHAVE_STDARG_H' vendor/src/zlib/*.c
     gcc -w -O1 -DHAVE_UNISTD_H -o "$OUT/minigzip" vendor/src/zlib/{*.c,test/minigzip.c}
     objects minizip '-DNOCRYPT -DNOUNCRYPT -DUSE_FILE32API' $zip/{zip,unzip,ioapi}.c
+    objects wslay -DHAVE_ARPA_INET_H vendor/src/wslay/*.c
     objects mbedtls -Ivendor/src/mbedtls/library vendor/src/mbedtls/library/*.c vendor/mbedtls_*.c
     ar rcsD "$OUT/vendor.a" "$OUT"/obj/*.o
     echo "$stamp" >"$OUT/stamp"

@@ -43,11 +43,13 @@ import types
 
 HEADER = struct.Struct("<IIBBH")        # payload length, stream, type, flags, zero
 CONFIGURE, REQUEST, REQUEST_BODY, DISCONNECT, SHUTDOWN, WINDOW = range(1, 7)
-HELLO, READY, START_FAILED, RESPONSE_HEAD, RESPONSE_BODY, FAILURE = range(7, 13)
+HELLO, READY, START_FAILED, RESPONSE_HEAD, RESPONSE_BODY, FAILURE, TEXT, BINARY, CLOSE = range(7, 16)
 END = 0x01                              # flag: last frame of its direction
 
 CREDIT = 64 << 10                       # body bytes under way per stream and direction
 PIECE = 64 << 10                        # most body bytes in one frame
+SWITCHING = 101                         # the status that accepts a WebSocket
+REASON_MAX = 123                        # bytes of why a WebSocket is closed (RFC 6455, 5.5)
 HEAD_MAX = 256 << 10                    # the agent takes no larger frame
 MESSAGE_MAX, DETAILS_MAX = 4 << 10, 24 << 10    # characters of an error; the agent keeps less
 MSGPACK_DEPTH = 60                      # of an event's reply; the agent reads 64
@@ -259,9 +261,9 @@ class Channel:
 
 # ---- Exchange: one request and its response ---------------------------------------------
 
-def head_payload(status, headers):
+def head_payload(status, headers, least=200):
     """u16 status, u16 n, n times `name NUL value NUL`; raises what the program did wrong."""
-    if not isinstance(status, int) or not 200 <= status <= 999:
+    if not isinstance(status, int) or not least <= status <= 999:
         raise ValueError("status is %r, not a number from 200 to 999" % (status,))
     flat = [item for name, value in headers for item in (name, value)]
     try:
@@ -339,9 +341,12 @@ class Exchange:
         self.credit += more
         self.wake()
 
-    def on_disconnect(self):
+    def on_disconnect(self, payload):
         self.gone = True
         self.close(b"")
+
+    def on_stop(self):
+        """The worker is to end: a request has its time to finish."""
 
     # -- to the agent
 
@@ -453,6 +458,145 @@ class Exchange:
             raise Disconnected("the client has disconnected")
         if not self.is_open:
             raise RuntimeError("%s was sent after the response was complete" % (kind,))
+
+
+# ---- WebSocket: messages both ways ---------------------------------------------------------
+
+class WebSocket(Exchange):
+    """A connection of type websocket. Messages come and go in pieces; a piece takes its size and
+    that of a frame's header of the credit. Each gives it back as it comes, those of messages that
+    receive() has not been asked for when it has taken them all."""
+
+    __slots__ = ("greeted", "accepted", "pieces", "held", "sending", "code", "reason")
+
+    def start(self):
+        scope = self.scope
+        del scope["method"]
+        scope["scheme"] = "wss" if scope["scheme"] == "https" else "ws"
+        scope["subprotocols"] = [
+            item.strip() for name, value in scope["headers"] if name == b"sec-websocket-protocol"
+            for item in value.decode("latin-1").split(",") if item.strip()]
+        scope["extensions"] = {"websocket.http.response": {}}
+        self.body_ended = self.greeted = self.accepted = self.sending = False
+        self.pieces = []                # of a message whose end is not here yet
+        self.held = 0
+        self.code, self.reason = 1006, ""
+        super().start()
+
+    async def call(self):
+        await super().call()
+        if self.accepted and self.is_open:
+            self.finish(1000, "")
+
+    # -- from the agent
+
+    def on_piece(self, kind, data, ended):
+        self.held += len(data) + HEADER.size
+        self.pieces.append(data)
+        if ended:
+            data = b"".join(self.pieces)
+            self.pieces.clear()
+            self.body.append(data.decode() if kind == TEXT else data)
+            self.wake()
+        elif not self.body:
+            self.release()
+
+    def on_disconnect(self, payload):
+        if payload:
+            self.code, self.reason = int.from_bytes(payload[:2], "little"), payload[2:].decode()
+        super().on_disconnect(payload)
+
+    def on_stop(self):
+        if self.accepted:
+            self.finish(1012, "")
+
+    # -- to the agent
+
+    def release(self):
+        held, self.held = self.held, 0
+        self.give_back(held)
+
+    def fail(self, message, details=""):
+        self.code = 1011
+        super().fail(message, details)
+
+    def finish(self, code, reason):
+        if type(code) is not int or not (1000 <= code <= 1014 and not 1004 <= code <= 1006
+                                         or 3000 <= code <= 4999):
+            raise ValueError("%r is no code to close a WebSocket with" % (code,))
+        reason = reason.encode("utf-8", "replace")[:REASON_MAX].decode("utf-8", "ignore")
+        self.code, self.reason = code, reason
+        self.worker.put(self.stream, CLOSE, struct.pack("<H", code) + reason.encode())
+        self.closed()
+
+    # -- the program's side
+
+    async def receive(self):
+        if not self.greeted:
+            self.greeted = True
+            return {"type": "websocket.connect"}
+        while not self.body:
+            if not self.is_open:
+                return {"type": "websocket.disconnect", "code": self.code, "reason": self.reason}
+            await self.wait()
+        data = self.body.pop(0)
+        if not self.body:
+            self.release()
+        return {"type": "websocket.receive", "text" if type(data) is str else "bytes": data}
+
+    async def send(self, message):
+        kind = message["type"]
+        self.check_open(kind)
+        if kind == "websocket.send" and self.accepted:
+            text = message.get("text")
+            if text is not None:
+                await self.send_message(TEXT, text.encode())
+            else:
+                await self.send_message(BINARY, bytes(message["bytes"]))
+        elif kind == "websocket.close" and self.accepted:
+            code = message.get("code", 1000)
+            self.finish(1000 if code is None else code, message.get("reason") or "")
+        elif kind == "websocket.accept" and not self.started:
+            headers = list(message.get("headers", ()))
+            if message.get("subprotocol") is not None:
+                headers.append((b"sec-websocket-protocol", message["subprotocol"].encode("latin-1")))
+            self.worker.put(self.stream, RESPONSE_HEAD, head_payload(SWITCHING, headers, SWITCHING))
+            self.started = self.accepted = True
+            await next_turn()
+        elif kind == "websocket.close" and not self.started:
+            self.worker.put(self.stream, RESPONSE_HEAD, head_payload(403, ()))
+            self.close(b"")
+        elif kind.startswith("websocket.http.response.") and not self.accepted:
+            await super().send({**message, "type": kind[len("websocket."):]})
+        else:
+            raise RuntimeError("%s was sent %s" % (kind, "after websocket.accept" if self.accepted
+                                                   else "before websocket.accept"))
+
+    async def send_message(self, kind, data):
+        """In pieces, as credit comes in; no other message goes between them."""
+        while self.sending:
+            await self.wait()
+            self.check_open("websocket.send")
+        self.sending = True
+        at, last = 0, False
+        try:
+            while not last:
+                room = min(self.credit - HEADER.size, PIECE)
+                if room > 0 or room == 0 and not data:
+                    piece = data[at:at + room]
+                    at += len(piece)
+                    last = at == len(data)
+                    self.credit -= len(piece) + HEADER.size
+                    self.worker.put(self.stream, kind, piece, END if last else 0)
+                else:
+                    await self.wait()
+                    self.check_open("websocket.send")
+        finally:
+            self.sending = False
+            if at and not last and self.is_open:
+                self.finish(1011, "")   # cancelled: nobody could tell its end
+            self.wake()
+        await next_turn()
 
 
 # ---- Event: an aleph.message and its reply ----------------------------------------------
@@ -603,7 +747,7 @@ class WsgiExchange(Exchange):
         self.lock = threading.Condition()
         self.head = None                # what start_response was given, until it is sent
         self.reply = []                 # of an event: the body so far
-        self.is_event = self.scope["type"] != "http"
+        self.is_event = self.scope["type"] == "aleph.message"
         if self.is_event:
             self.become_post()
         self.worker.pool.submit(self.run_wsgi)
@@ -1041,12 +1185,12 @@ class Worker:
     def adapt(self, entry):
         """Make self.app callable as its kind wants."""
         app, kind = self.app, interface_of(self.app, entry)
-        self.http, self.event = Exchange, Event
+        self.makers, self.event = {"http": Exchange, "websocket": WebSocket}, Event
         if kind == "wsgi":
             from concurrent.futures import ThreadPoolExecutor
             from urllib.parse import unquote_to_bytes
             self.pool, self.unquote = ThreadPoolExecutor(THREADS, "wsgi"), unquote_to_bytes
-            self.http = self.event = WsgiExchange
+            self.makers, self.event = {}, WsgiExchange
             return Lifespan(None, None)
         if kind == "asgi2":
             async def asgi3(scope, receive, send):
@@ -1057,7 +1201,7 @@ class Worker:
     def on_frame(self, stream, kind, flags, payload):
         if kind == REQUEST:
             scope = marshal.loads(payload)
-            make = self.http if scope["type"] == "http" else self.event
+            make = self.makers.get(scope["type"], self.event)
             exchange = make(self, stream, scope, flags & END != 0)
             self.exchanges[stream] = exchange
             if self.stopping:
@@ -1077,7 +1221,9 @@ class Worker:
             elif kind == WINDOW:
                 exchange.on_window(int.from_bytes(payload, "little"))
             elif kind == DISCONNECT:
-                exchange.on_disconnect()
+                exchange.on_disconnect(payload)
+            elif kind in (TEXT, BINARY):
+                exchange.on_piece(kind, payload, flags & END != 0)
 
     def on_end(self):
         """The agent is gone: nobody waits for any answer."""
@@ -1090,6 +1236,8 @@ class Worker:
         if not self.ready:
             leave(0)                    # a program that has not started needs no shutdown
         self.stopping = True
+        for exchange in list(self.exchanges.values()):
+            exchange.on_stop()
         self.stop.set()
 
     def check_idle(self):

@@ -121,7 +121,7 @@ def group_streams():
                "request 2147483647, which is not open")
     deadly("83 the last stream there can be", frames(frame(RESPONSE_HEAD, HEAD, 0xffffffff)), "which is not open")
     deadly("83 a stream that has finished", frames(frame(RESPONSE_BODY, b"x", 1)), "request 1, which is not open")
-    for kind in (0, 1, 2, 3, 4, 5, 7, 8, 9, 13, 255):
+    for kind in (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 255):
         deadly("83 type %d on its own stream" % kind, frames(frame(kind)), "frame of unknown type %d" % kind)
     for kind in (0, 5, 6, 7, 8, 9, 10, 11, 12, 255):
         deadly("83 type %d on stream 0" % kind, frames(frame(kind, b"", 0)), "frame of type %d out of turn" % kind)

@@ -1,0 +1,63 @@
+"""WebSockets, by path; what befell them is in /log, in order."""
+import asyncio
+import json
+import os
+
+log = []
+
+
+async def echo(receive, send):
+    while True:
+        event = await receive()
+        if event["type"] == "websocket.disconnect":
+            log.append([event["code"], event.get("reason")])
+            return
+        if event.get("text") == "crash":
+            os.kill(os.getpid(), 9)
+        await send({**event, "type": "websocket.send"})
+
+
+async def app(scope, receive, send):
+    if scope["type"] == "http":
+        body = json.dumps(log).encode() if scope["path"] == "/log" else b"hello"
+        if scope["path"] == "/clear":
+            log.clear()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        return await send({"type": "http.response.body", "body": body})
+    if scope["type"] != "websocket":
+        return
+    path, query = scope["path"], scope["query_string"].decode()
+    assert (await receive())["type"] == "websocket.connect"
+    if path == "/close":
+        return await send({"type": "websocket.close"})
+    if path == "/deny":
+        await send({"type": "websocket.http.response.start", "status": 418, "headers": [(b"x-why", b"tea")]})
+        await send({"type": "websocket.http.response.body", "body": b"short and ", "more_body": True})
+        return await send({"type": "websocket.http.response.body", "body": b"stout"})
+    if path == "/raise":
+        raise RuntimeError("before accept")
+    if path == "/return":
+        return
+    if path == "/late":
+        log.append([(await receive())["code"], "late"])
+        return
+    await send({"type": "websocket.accept", "subprotocol": (scope["subprotocols"] or [None])[-1],
+                "headers": [(b"x-accepted", b"yes"), (b"connection", b"close"), (b"sec-websocket-extensions", b"permessage-deflate")]})
+    if path == "/scope":
+        names = ("type", "http_version", "scheme", "path", "query_string", "root_path", "subprotocols", "extensions", "asgi", "method", "state")
+        await send({"type": "websocket.send", "text": json.dumps({name: scope[name] for name in names if name in scope}, default=str)})
+    if path == "/bye":
+        await send({"type": "websocket.close", "code": int(query or 1000), "reason": "so it is"})
+        log.append([(await receive())["code"], "bye"])
+        return
+    if path == "/throw":
+        raise RuntimeError("after accept")
+    elif path == "/send":
+        for part in query.split(","):
+            await send({"type": "websocket.send", "bytes": bytes(int(part))})
+    elif path == "/idle":
+        await asyncio.sleep(3600)
+    elif path == "/both":
+        await asyncio.gather(*(send({"type": "websocket.send", "text": letter * 300000}) for letter in "abc"))
+    if path != "/return-open":
+        await echo(receive, send)

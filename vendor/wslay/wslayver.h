@@ -1,0 +1,2 @@
+/* What wslay's configure would write. */
+#define WSLAY_VERSION "1.1.1"
