@@ -414,7 +414,7 @@ struct buf {
     bool   failed;
 };
 
-#define BUF_KEEP_BYTES  (4 << 10)       /* an empty buf gives back more than this */
+#define BUF_KEEP_BYTES  (1 << 10)       /* an empty buf gives back more than this */
 
 static void buf_fini(struct buf *b)
 {
