@@ -590,6 +590,7 @@ struct watch {
     void        (*on_event)(struct watch *, uint32_t events);   /* events 0: from loop_soon */
     void        (*on_deadline)(struct watch *);
     int64_t       deadline_ms;      /* monotonic */
+    int64_t       heap_ms;          /* when it is looked at: the deadline, or before it was put off */
     size_t        heap_at;          /* place in the heap, from 1; 0 = no deadline */
     bool          soon, buried;
     struct watch *next_soon, *next_buried;
@@ -599,7 +600,7 @@ struct watch {
 struct loop {
     int            epoll_fd;
     bool           stop;
-    struct watch **heap;            /* heap[1] has the nearest deadline */
+    struct watch **heap;            /* heap[1] is looked at next */
     size_t         heap_len, heap_cap;
     struct watch  *soon_first, **soon_last;
     struct watch  *buried;
@@ -637,12 +638,12 @@ static void heap_sift(struct loop *l, size_t at)
 {
     struct watch *w = l->heap[at];
 
-    for (; at > 1 && l->heap[at / 2]->deadline_ms > w->deadline_ms; at /= 2)
+    for (; at > 1 && l->heap[at / 2]->heap_ms > w->heap_ms; at /= 2)
         heap_put(l, at, l->heap[at / 2]);
     for (size_t kid; (kid = 2 * at) <= l->heap_len; at = kid) {
-        if (kid < l->heap_len && l->heap[kid + 1]->deadline_ms < l->heap[kid]->deadline_ms)
+        if (kid < l->heap_len && l->heap[kid + 1]->heap_ms < l->heap[kid]->heap_ms)
             kid++;
-        if (l->heap[kid]->deadline_ms >= w->deadline_ms)
+        if (l->heap[kid]->heap_ms >= w->heap_ms)
             break;
         heap_put(l, at, l->heap[kid]);
     }
@@ -668,10 +669,14 @@ static void loop_never(struct loop *l, struct watch *w)
     }
 }
 
-/* Calls w->on_deadline once, `ms` from now, instead of any earlier wish. -1: no memory. */
+/* Calls w->on_deadline once, `ms` from now, instead of any earlier wish. -1: no memory. Every
+ * request puts its connection's off: the heap learns of that when the first one comes. */
 static int loop_after(struct loop *l, struct watch *w, int64_t ms)
 {
     w->deadline_ms = now_ms() + ms;
+    if (w->heap_at > 0 && w->deadline_ms >= w->heap_ms)
+        return 0;
+    w->heap_ms = w->deadline_ms;
     if (w->heap_at == 0) {
         if (l->heap_len + 2 > l->heap_cap) {
             size_t cap = l->heap_cap ? 2 * l->heap_cap : 64;
@@ -732,7 +737,7 @@ static int loop_timeout(const struct loop *l)
 {
     if (l->soon_first)
         return 0;
-    int64_t ms = l->heap_len > 0 ? l->heap[1]->deadline_ms - now_ms() : 60000;
+    int64_t ms = l->heap_len > 0 ? l->heap[1]->heap_ms - now_ms() : 60000;
     if (agent_log.pending_len > 0 && ms > 20)
         ms = 20;                    /* the console takes no interest in being watched */
     return ms < 0 ? 0 : ms > 60000 ? 60000 : (int)ms;
@@ -763,8 +768,13 @@ static void loop_turn(struct loop *l)
         if (!w->buried && w->events)
             w->on_event(w, events[i].events);
     }
-    for (int64_t now = now_ms(); l->heap_len > 0 && l->heap[1]->deadline_ms <= now;) {
+    for (int64_t now = now_ms(); l->heap_len > 0 && l->heap[1]->heap_ms <= now;) {
         struct watch *w = l->heap[1];
+        if (w->deadline_ms > now) {
+            w->heap_ms = w->deadline_ms;
+            heap_sift(l, 1);
+            continue;
+        }
         loop_never(l, w);
         w->on_deadline(w);
     }
@@ -5134,9 +5144,10 @@ static void conn_after(struct conn *c, int64_t ms)
     loop_after(c->all->loop, &c->watch, ms);
 }
 
+/* It stays in the heap, as the next one is not far. */
 static void conn_never(struct conn *c)
 {
-    loop_never(c->all->loop, &c->watch);
+    c->watch.deadline_ms = INT64_MAX;
 }
 
 struct listener {

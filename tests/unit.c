@@ -914,7 +914,7 @@ static void heap_check(const struct loop *l)
 {
     for (size_t i = 1; i <= l->heap_len; i++) {
         check(l->heap[i]->heap_at == i, "each watch knows its place");
-        check(i == 1 || l->heap[i / 2]->deadline_ms <= l->heap[i]->deadline_ms, "the nearest is on top");
+        check(i == 1 || l->heap[i / 2]->heap_ms <= l->heap[i]->heap_ms, "the nearest is on top");
     }
 }
 
