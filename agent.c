@@ -4740,7 +4740,10 @@ struct address {
     int               fd;           /* ADDRESS_FD */
     unsigned          port;         /* ADDRESS_HYBRID, ADDRESS_VSOCK */
     const char       *text;         /* borrowed: as it was written */
+    struct span       trust;        /* in it: whose forwarded fields count; n is 0: not said */
 };
+
+#define ADDRESS_TRUST   ",trust="   /* after a listener's address: none, all or networks with commas */
 
 static const char address_forms[] =
     "vsock:PORT, unix:PATH, tcp:HOST:PORT, fd:N or (to connect) hybrid:PATH:PORT";
@@ -4797,18 +4800,86 @@ static void address_vsock(struct address *a, unsigned cid, unsigned port)
     a->sa_len = sizeof *vm;
 }
 
+/* As 16 bytes: an IPv4 address as the IPv6 address that it is mapped to (RFC 4291 section 2.5.5.2). */
+static bool ip_read(struct span s, unsigned char ip[16])
+{
+    static const unsigned char mapped[12] = { [10] = 0xff, [11] = 0xff };
+    char text[INET6_ADDRSTRLEN];
+
+    if (s.n >= sizeof text)
+        return false;
+    snprintf(text, sizeof text, "%.*s", (int)s.n, s.p);
+    memcpy(ip, mapped, sizeof mapped);
+    return inet_pton(AF_INET, text, ip + sizeof mapped) == 1 || inet_pton(AF_INET6, text, ip) == 1;
+}
+
+/* Of a list with commas, the first item, which is taken from it. */
+static struct span list_next(struct span *list)
+{
+    const char *comma = memchr(list->p, ',', list->n);
+    struct span item = { list->p, comma ? (size_t)(comma - list->p) : list->n };
+    size_t step = item.n + (comma ? 1 : 0);
+
+    *list = (struct span){ list->p + step, list->n - step };
+    return item;
+}
+
+/* Whether the network, ADDRESS or ADDRESS/BITS, holds the address. -1: it is no network. */
+static int network_has(struct span item, const unsigned char ip[16])
+{
+    const char *slash = item.n ? memchr(item.p, '/', item.n) : NULL;
+    struct span base = { item.p, slash ? (size_t)(slash - item.p) : item.n };
+    unsigned char network[16];
+    int offset = base.n && memchr(base.p, ':', base.n) ? 0 : 96;
+    int64_t bits = 128 - offset;
+
+    if (!ip_read(base, network)
+        || (slash && !number_read((struct span){ slash + 1, item.n - base.n - 1 }, 0, bits, &bits)))
+        return -1;
+    bits += offset;
+    for (int i = 0; i < 16; i++) {
+        int left = (int)bits - 8 * i;
+        int mask = left >= 8 ? 0xff : left <= 0 ? 0 : 0xff << (8 - left) & 0xff;
+        if ((network[i] ^ ip[i]) & mask)
+            return 0;
+    }
+    return 1;
+}
+
+/* Whether `list`, all or networks with commas, holds the address; with "" whether it is such a list. */
+static bool trust_has(struct span list, struct span address)
+{
+    unsigned char ip[16] = { 0 };
+    bool is_ip = ip_read(address, ip);
+
+    if (span_eq(list, "all") || span_eq(list, "none"))
+        return list.p[0] == 'a' || address.n == 0;
+    while (list.n > 0) {
+        int has = network_has(list_next(&list), ip);
+        if (address.n == 0 ? has < 0 : has > 0 && is_ip)
+            return address.n > 0;
+    }
+    return address.n == 0;
+}
+
 /* False: the text is none of address_forms. A vsock address is a listener's. */
 static bool address_parse(struct address *a, const char *text)
 {
-    const char *colon = strchr(text, ':');
+    const char *colon = strchr(text, ':'), *option = strstr(text, ADDRESS_TRUST);
     struct span scheme = { text, colon ? (size_t)(colon - text) : 0 };
     int64_t n;
 
     *a = (struct address){ .text = text, .fd = -1 };
-    if (!colon)
+    if (!colon || (option && option < colon))
         return false;
-    struct span rest = span_of(colon + 1);
-    const char *last = strrchr(colon + 1, ':');
+    struct span rest = { colon + 1, option ? (size_t)(option - colon - 1) : strlen(colon + 1) };
+    if (option) {
+        a->trust = span_of(option + strlen(ADDRESS_TRUST));
+        if (a->trust.n == 0 || !trust_has(a->trust, SPAN("")))
+            return false;
+    }
+    const char *last = memrchr(rest.p, ':', rest.n);
+    struct span port = { last ? last + 1 : NULL, last ? rest.n - (size_t)(last + 1 - rest.p) : 0 };
     struct span front = { rest.p, last ? (size_t)(last - rest.p) : 0 };
 
     if (span_eq(scheme, "unix")) {
@@ -4824,11 +4895,11 @@ static bool address_parse(struct address *a, const char *text)
         a->fd = (int)n;
         return true;
     }
-    if (span_eq(scheme, "tcp") && last && number_read(span_of(last + 1), 0, 65535, &n)) {
+    if (span_eq(scheme, "tcp") && last && number_read(port, 0, 65535, &n)) {
         a->kind = ADDRESS_TCP;
         return address_tcp(a, front, n);
     }
-    if (span_eq(scheme, "hybrid") && last && number_read(span_of(last + 1), 0, UINT32_MAX, &n)) {
+    if (span_eq(scheme, "hybrid") && last && number_read(port, 0, UINT32_MAX, &n)) {
         a->kind = ADDRESS_HYBRID;
         a->port = (unsigned)n;
         return address_unix(a, front);
@@ -5157,6 +5228,7 @@ struct listener {
     void         (*on_accept)(struct listener *, int fd);   /* owns fd */
     size_t         extra;           /* places past limits.conns that are only this one's */
     const char    *full;            /* sent and closed when there are too many; may be NULL */
+    struct sockaddr_storage peer;   /* during on_accept: of its connection */
     void          *arg;
 };
 
@@ -5206,6 +5278,7 @@ static void listener_on_event(struct watch *w, uint32_t events)
         } else {
             if (l->address.kind == ADDRESS_TCP)
                 setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+            l->peer = peer;
             l->on_accept(l, fd);
         }
     }
@@ -5291,6 +5364,10 @@ struct request {
     struct buf  text;               /* what the parts point into */
     struct part method, raw_path, query, event;
     struct part upgrade;            /* the protocol that the client offers to change to; n is 0: none */
+    struct part client;             /* its IP address; n is 0: not known */
+    uint16_t    client_port;        /* 0: not known */
+    bool        is_https;           /* between the client and whoever spoke TLS with it */
+    bool        forwarded;          /* the fields tell of both as well */
     struct part fields;             /* fields_count times name NUL value NUL, as the client wrote them */
     uint32_t    fields_count;
 };
@@ -6252,7 +6329,7 @@ static void marshal_scope(struct buf *out, const struct request *r)
     marshal_key(out, "method");
     marshal_str(out, request_part(r, r->method));
     marshal_key(out, "scheme");
-    marshal_key(out, "http");
+    marshal_key(out, r->is_https ? "https" : "http");
     marshal_key(out, "path");
     percent_decode(&path, request_part(r, r->raw_path));
     marshal_text(out, buf_span(&path));
@@ -6265,7 +6342,13 @@ static void marshal_scope(struct buf *out, const struct request *r)
     marshal_key(out, "root_path");
     marshal_key(out, "");
     marshal_key(out, "client");
-    buf_add_byte(out, MARSHAL_NONE);
+    if (r->client.n > 0) {
+        marshal_tuple(out, 2);
+        marshal_str(out, request_part(r, r->client));
+        marshal_int(out, r->client_port);
+    } else {
+        buf_add_byte(out, MARSHAL_NONE);
+    }
     marshal_key(out, "server");
     marshal_tuple(out, 2);
     marshal_key(out, "localhost");
@@ -6978,6 +7061,7 @@ static void up_add_event(struct buf *out, struct span event)
 static bool up_add_request(struct buf *out, const struct request *r)
 {
     struct span rest, name, value;
+    struct span host = SPAN("localhost");
     bool has_host = false, has_length = false;
 
     buf_add_span(out, request_part(r, r->method));
@@ -6990,12 +7074,18 @@ static bool up_add_request(struct buf *out, const struct request *r)
     for (rest = request_part(r, r->fields); field_next(&rest, &name, &value);) {
         if (span_eq_nocase(name, "expect"))
             continue;                   /* the front has answered it */
-        has_host = has_host || span_eq_nocase(name, "host");
+        if (span_eq_nocase(name, "host"))
+            has_host = true, host = value;
         has_length = has_length || span_eq_nocase(name, "content-length");
         field_add_line(out, name, value);
     }
     if (!has_host)
-        buf_add_text(out, "Host: localhost\r\n");
+        field_add_line(out, SPAN("Host"), host);
+    if (r->client.n > 0 && !r->forwarded) {
+        field_add_line(out, SPAN("X-Forwarded-For"), request_part(r, r->client));
+        field_add_line(out, SPAN("X-Forwarded-Proto"), span_of(r->is_https ? "https" : "http"));
+        field_add_line(out, SPAN("X-Forwarded-Host"), host);
+    }
     if (r->upgrade.n > 0) {
         buf_add_text(out, "Connection: Upgrade\r\n");
         field_add_line(out, SPAN("Upgrade"), request_part(r, r->upgrade));
@@ -10365,6 +10455,9 @@ struct http_server {
 struct http {
     struct conn         conn;       /* first member */
     struct http_server *server;
+    char                peer[INET6_ADDRSTRLEN];     /* its IP address, or "" */
+    uint16_t            peer_port;
+    bool                trusted;                    /* what it says of whom it speaks for counts */
     enum http_state     state;
     llhttp_t            parser;
     struct exchange     ex;
@@ -10675,6 +10768,20 @@ static bool http_host_ok(struct span host)
     return p == end;
 }
 
+/* What proxies say of the client (RFC 7239 and its forerunners). To programs that make variables
+ * of names '_' is as good as '-'. */
+static bool field_is_forwarded(struct span name)
+{
+    static const char prefix[] = "x-forwarded-";
+
+    if (span_eq_nocase(name, "forwarded"))
+        return true;
+    for (size_t i = 0; i < strlen(prefix); i++)
+        if (i == name.n || (tolower((unsigned char)name.p[i]) != prefix[i] && !(prefix[i] == '-' && name.p[i] == '_')))
+            return false;
+    return true;
+}
+
 /* The fields that decide how a message is read; llhttp has its own idea of them, which a
  * proxy before us need not share: whatever is ambiguous is refused. */
 static int http_check_field(struct http *h, struct span name, struct span value)
@@ -10698,6 +10805,7 @@ static int http_check_field(struct http *h, struct span name, struct span value)
             return http_wrong(h, 417, "an Expect other than 100-continue");
         h->expects = true;
     }
+    h->ex.request.forwarded |= field_is_forwarded(name);
     return 0;
 }
 
@@ -10804,8 +10912,19 @@ static int http_check_head(struct http *h)
     return 0;
 }
 
-/* Takes out the fields that a value of Connection names. */
-static void http_drop_named(struct http *h)
+static bool http_is_named(const struct http *h, struct span name)
+{
+    return field_is_named_in(buf_span(&h->connection), name)
+        && !span_eq_nocase(name, "host") && !span_eq_nocase(name, "content-length");   /* never of the connection */
+}
+
+static bool http_is_forged(const struct http *h, struct span name)
+{
+    (void)h;
+    return field_is_forwarded(name);
+}
+
+static void http_drop_fields(struct http *h, bool (*drops)(const struct http *, struct span name))
 {
     struct request *r = &h->ex.request;
     struct span rest = request_part(r, r->fields), name, value;
@@ -10813,9 +10932,8 @@ static void http_drop_named(struct http *h)
     uint32_t count = 0;
 
     while (field_next(&rest, &name, &value)) {
-        if (field_is_named_in(buf_span(&h->connection), name)
-            && !span_eq_nocase(name, "host") && !span_eq_nocase(name, "content-length"))
-            continue;                                   /* those two are never of the connection */
+        if (drops(h, name))
+            continue;
         buf_add(&kept, name.p, name.n + value.n + 2);       /* they stand one after the other */
         count++;
     }
@@ -10826,6 +10944,69 @@ static void http_drop_named(struct http *h)
         request_part_end(r, &r->fields);
     }
     buf_fini(&kept);
+}
+
+/* An item of X-Forwarded-For without white space, brackets and a port. */
+static struct span forwarded_address(struct span item)
+{
+    while (item.n > 0 && is_blank(item.p[0]))
+        item = (struct span){ item.p + 1, item.n - 1 };
+    while (item.n > 0 && is_blank(item.p[item.n - 1]))
+        item.n--;
+    const char *close = item.n > 2 && item.p[0] == '[' ? memchr(item.p, ']', item.n) : NULL;
+    if (close)
+        return (struct span){ item.p + 1, (size_t)(close - item.p - 1) };
+    const char *colon = item.n ? memchr(item.p, ':', item.n) : NULL;
+    if (colon && colon == memrchr(item.p, ':', item.n))
+        item.n = (size_t)(colon - item.p);
+    return item;
+}
+
+/* Each proxy has added whom it heard: the last one who is not trusted is the client. */
+static struct span forwarded_client(struct span list, struct span trust)
+{
+    struct span client = SPAN("");
+    unsigned char ip[16];
+
+    while (list.n > 0) {
+        const char *comma = memrchr(list.p, ',', list.n);
+        size_t at = comma ? (size_t)(comma + 1 - list.p) : 0;
+        struct span address = forwarded_address((struct span){ list.p + at, list.n - at });
+        if (!ip_read(address, ip))
+            break;
+        client = address;
+        if (trust.n > 0 && !trust_has(trust, client))
+            break;
+        list.n = comma ? (size_t)(comma - list.p) : 0;
+    }
+    return client;
+}
+
+/* Who asks, and by what scheme: as the connection tells, or a proxy that may. */
+static void http_take_client(struct http *h)
+{
+    struct request *r = &h->ex.request;
+    struct span client = span_of(h->peer), rest = request_part(r, r->fields), name, value;
+
+    r->client_port = h->peer_port;
+    if (r->forwarded && !h->trusted) {
+        http_drop_fields(h, http_is_forged);
+        r->forwarded = false;
+    }
+    while (r->forwarded && field_next(&rest, &name, &value)) {
+        if (span_eq_nocase(name, "x-forwarded-for")) {
+            struct span told = forwarded_client(value, h->server->listener.address.trust);
+            client = told.n > 0 ? told : client;
+            r->client_port = told.n > 0 ? 0 : r->client_port;
+        } else if (span_eq_nocase(name, "x-forwarded-proto")) {
+            r->is_https = value.n >= 5 && strncasecmp(value.p + value.n - 5, "https", 5) == 0;
+        }
+    }
+    char copy[INET6_ADDRSTRLEN];            /* the text may move when it grows */
+    snprintf(copy, sizeof copy, "%.*s", (int)client.n, client.p ? client.p : "");
+    r->client = request_part_begin(r);
+    buf_add_text(&r->text, copy);
+    request_part_end(r, &r->client);
 }
 
 /* Only what the client names in Connection too is an offer (RFC 9110 section 7.8). */
@@ -10849,7 +11030,9 @@ static int http_on_headers_complete(llhttp_t *parser)
         return -1;
     request_part_end(r, &r->fields);
     if (h->connection.len > 0)
-        http_drop_named(h);
+        http_drop_fields(h, http_is_named);
+    if (h->peer[0] || r->forwarded)
+        http_take_client(h);
     if (h->upgrade.len > 0)
         http_take_upgrade(h);
     if (r->text.failed)
@@ -11118,6 +11301,24 @@ static const struct proto http_proto = {
     .on_deadline = http_on_deadline, .on_close = http_on_close, .on_free = http_on_free,
 };
 
+/* The peer's address, and whether it is trusted: by default unless it has an IP address. */
+static void http_take_peer(struct http *h, const struct listener *l)
+{
+    const struct sockaddr_in *in = (const void *)&l->peer;
+    const struct sockaddr_in6 *in6 = (const void *)&l->peer;
+    struct span trust = l->address.trust;
+
+    if (l->peer.ss_family == AF_INET)
+        inet_ntop(AF_INET, &in->sin_addr, h->peer, sizeof h->peer);
+    else if (l->peer.ss_family == AF_INET6 && IN6_IS_ADDR_V4MAPPED(&in6->sin6_addr))
+        inet_ntop(AF_INET, (const char *)&in6->sin6_addr + 12, h->peer, sizeof h->peer);
+    else if (l->peer.ss_family == AF_INET6)
+        inet_ntop(AF_INET6, &in6->sin6_addr, h->peer, sizeof h->peer);
+    if (h->peer[0])                         /* both ports stand at the same place */
+        h->peer_port = ntohs(in->sin_port);
+    h->trusted = trust.n == 0 ? !h->peer[0] : trust_has(trust, h->peer[0] ? span_of(h->peer) : SPAN("-"));
+}
+
 static void http_on_accept(struct listener *l, int fd)
 {
     struct http_server *s = l->arg;
@@ -11131,6 +11332,7 @@ static void http_on_accept(struct listener *l, int fd)
         return;
     }
     h->server = s;
+    http_take_peer(h, l);
     http_reset(h);
     conn_after(&h->conn, limits.silent_ms);
 }
@@ -13374,7 +13576,7 @@ static void run_remove_folder(const char *path)
 static void run_unlink(const struct listener *l)
 {
     if (l->watch.fd >= 0 && l->address.kind == ADDRESS_UNIX)
-        unlink(l->address.text + strlen("unix:"));
+        unlink(((const struct sockaddr_un *)(const void *)&l->address.sa)->sun_path);
 }
 
 static _Noreturn void run_end(struct agent *a)

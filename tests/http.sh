@@ -23,7 +23,7 @@ warm_up() {
 }
 
 TCP=tcp:127.0.0.1:8088              # of the namespaces' own loopback
-ns_start --http "$TCP"
+ns_start --http "$TCP" --http tcp:127.0.0.1:8089,trust=all --http "tcp:127.0.0.1:8090,trust=127.0.0.1,10.0.0.0/8"
 configure "$APPS/echo" main:app
 warm_up
 for group in parser lengths lines bytes versions sizes chunks paths smuggling bodies methods keepalive \
@@ -33,6 +33,7 @@ done
 drive table
 drive_tcp table
 drive_tcp resets
+WITHIN="nsenter --net=/proc/$PID1/ns/net" drive trust
 
 ns_start --limit http_body_bytes=1048576 --limit silent_ms=600 --limit head_ms=800 \
     --limit body_ms=700 --limit idle_ms=900 --limit response_head_ms=1500 \

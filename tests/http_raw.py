@@ -977,6 +977,36 @@ def group_resets():
     equal("A19 clients that broke off: no descriptor is left", baseline, settled(descriptors, baseline))
 
 
+def group_trust():
+    """Who the client is: of the namespaces' three TCP fronts the first trusts nobody, the second
+    all, the third 127.0.0.1 and 10.0.0.0/8; SOCKET, a Unix socket, everybody."""
+    def told(port, fields):
+        with Client() as client:
+            if port:
+                client.sock.close()
+                client.sock = connect("tcp:127.0.0.1:%d" % port)
+            client.send(get(HOST + fields))
+            answer = json.loads(client.response().body)
+            own = client.sock.getsockname()[1] if port else None
+            if answer["client"] and answer["client"][1] == own:
+                answer["client"][1] = "own"
+            return answer["client"], answer["scheme"], [name for name, _ in answer["headers"][1:]]
+
+    chain = b"X-Forwarded-For: 7.7.7.7, 9.9.9.9, 10.1.1.1\r\nX-Forwarded-Proto: https\r\n"
+    forged = chain + (b"x_forwarded-for: 6.6.6.6\r\nForwarded: for=6.6.6.6\r\nX-FORWARDED-HOST: evil\r\n"
+                      b"X-Forwarded-Prefix: /x\r\nX_Forwarded_Proto: https\r\nX-Forwarded: y\r\nX-Kept: 1\r\n")
+    kept = ["x-forwarded-for", "x-forwarded-proto"]
+    equal("trust none: the client is the peer", (["127.0.0.1", "own"], "http", []), told(8088, b""))
+    equal("trust none: what is forged is dropped", (["127.0.0.1", "own"], "http", ["x-forwarded", "x-kept"]), told(8088, forged))
+    equal("trust all: the first one named is the client", (["7.7.7.7", 0], "https", kept), told(8089, chain))
+    equal("trust all: without a word it is the peer", (["127.0.0.1", "own"], "http", []), told(8089, b""))
+    equal("trust all: rubbish is no client", (["127.0.0.1", "own"], "http", kept),
+          told(8089, b"X-Forwarded-For: <x>\r\nX-Forwarded-Proto: gopher\r\n"))
+    equal("trust of networks: the last one outside of them is the client", (["9.9.9.9", 0], "https", kept), told(8090, chain))
+    equal("a Unix socket is trusted", (["7.7.7.7", 0], "https", kept), told(0, chain))
+    equal("a Unix socket has no address", (None, "http", []), told(0, b""))
+
+
 def highest_rss(seconds):
     most, end = 0, time.monotonic() + seconds
     while time.monotonic() < end:

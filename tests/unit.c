@@ -973,6 +973,8 @@ static void test_loop_timeout(void)
     loop_after(&l, &p.watch, -5);
     check_number("a deadline that has passed", 0, loop_timeout(&l));
     loop_after(&l, &p.watch, 1000000);
+    loop_turn(&l);
+    check(p.deadlines == 0, "one that was put off is not yet due");
     check_number("one far away", 60000, loop_timeout(&l));
     loop_soon(&l, &p.watch);
     check_number("work is queued", 0, loop_timeout(&l));
@@ -1268,6 +1270,12 @@ static void test_address(void)
         { "fd:-1", false, 0, 0, 0 }, { "fd:4294967296", false, 0, 0, 0 }, { "hybrid:52", false, 0, 0, 0 },
         { "hybrid::52", false, 0, 0, 0 }, { "hybrid:/v.sock", false, 0, 0, 0 }, { "udp:1.2.3.4:5", false, 0, 0, 0 },
         { "UNIX:/x", false, 0, 0, 0 },
+        { "unix:/x,trust=none", true, ADDRESS_UNIX, AF_UNIX, 0 }, { "vsock:80,trust=all", true, ADDRESS_VSOCK, AF_VSOCK, 80 },
+        { "tcp:[::]:80,trust=10.0.0.0/8,::1/128,1.2.3.4", true, ADDRESS_TCP, AF_INET6, 0 },
+        { "tcp:1.2.3.4:5,trust=0.0.0.0/0", true, ADDRESS_TCP, AF_INET, 0 }, { "tcp:1.2.3.4:5,trust=", false, 0, 0, 0 },
+        { "tcp:1.2.3.4:5,trust=all,1.2.3.4", false, 0, 0, 0 }, { "tcp:1.2.3.4:5,trust=1.2.3.4/33", false, 0, 0, 0 },
+        { "tcp:1.2.3.4:5,trust=::/129", false, 0, 0, 0 }, { "tcp:1.2.3.4:5,trust=1.2.3.4,,::1", false, 0, 0, 0 },
+        { "tcp:1.2.3.4:5,trust=1.2.3.4/", false, 0, 0, 0 }, { "tcp:1.2.3.4:5,trust=host", false, 0, 0, 0 },
         { "tcp:11111111111111111111111111111111111111111111111111111111111111:80", false, 0, 0, 0 },
     };
     struct address a;
@@ -1286,6 +1294,32 @@ static void test_address(void)
     path[5 + 107] = 'p';
     path[5 + 108] = '\0';
     check(!address_parse(&a, path), "a path of 108 bytes");
+}
+
+static void test_trust(void)
+{
+    static const struct { const char *list, *address; bool has; } table[] = {
+        { "all", "1.2.3.4", true }, { "all", "-", true }, { "none", "1.2.3.4", false }, { "none", "-", false },
+        { "10.0.0.0/8", "10.255.0.1", true }, { "10.0.0.0/8", "11.0.0.1", false }, { "10.0.0.0/8", "-", false },
+        { "0.0.0.0/0", "1.2.3.4", true }, { "0.0.0.0/0", "::1", false }, { "::/0", "1.2.3.4", true },
+        { "1.2.3.4", "1.2.3.4", true }, { "1.2.3.4", "1.2.3.5", false }, { "1.2.3.4/31", "1.2.3.5", true },
+        { "1.2.3.4/31", "1.2.3.6", false }, { "fe80::/10", "febf::1", true }, { "fe80::/10", "fec0::1", false },
+        { "9.9.9.9,::1", "::1", true }, { "9.9.9.9,::1", "::2", false }, { "1.2.3.0/24", "::ffff:1.2.3.9", true },
+    };
+    static const struct { const char *list, *trust, *client; } clients[] = {
+        { "1.1.1.1", "", "1.1.1.1" }, { "1.1.1.1, 2.2.2.2", "", "1.1.1.1" }, { "1.1.1.1, 2.2.2.2", "all", "1.1.1.1" },
+        { "1.1.1.1, 2.2.2.2", "9.9.9.9", "2.2.2.2" }, { "1.1.1.1,2.2.2.2 ,9.9.9.9", "9.9.9.9", "2.2.2.2" },
+        { "9.9.9.9", "9.9.9.9", "9.9.9.9" }, { "x, 2.2.2.2", "2.2.2.2", "2.2.2.2" }, { "1.1.1.1, x", "all", "" },
+        { "1.1.1.1:80", "all", "1.1.1.1" }, { "[::1]:80", "all", "::1" }, { "::1", "all", "::1" }, { "[::1]", "all", "::1" },
+        { "", "all", "" }, { ",", "all", "" }, { "unknown", "all", "" }, { "1.1.1.1,", "all", "" },
+    };
+
+    EACH(i, table)
+        check(trust_has(span_of(table[i].list), span_of(table[i].address)) == table[i].has, "%s in %s", table[i].address, table[i].list);
+    EACH(i, clients) {
+        struct span found = forwarded_client(span_of(clients[i].list), span_of(clients[i].trust));
+        check(span_eq(found, clients[i].client), "\"%s\", trusting %s: %.*s", clients[i].list, clients[i].trust, (int)found.n, found.p ? found.p : "");
+    }
 }
 
 /* Every row: nothing here may ask for input that nobody takes, nor for nothing at all while open. */
@@ -1466,9 +1500,9 @@ static const struct http_row { const char *name, *text; int status; } http_rows[
     { "a fragment", "GET /#x HTTP/1.1\r\n" HOST "\r\n", 400 },
     { "no slash", "GET x HTTP/1.1\r\n" HOST "\r\n", 400 },
     { "a space in the target", "GET /a b HTTP/1.1\r\n" HOST "\r\n", 400 },
-    { "CONNECT", "CONNECT h:80 HTTP/1.1\r\n" HOST "\r\n", 400 },
-    { "TRACE", "TRACE / HTTP/1.1\r\n" HOST "\r\n", 405 },
-    { "PRI", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400 },
+    { "CONNECT", "CONNECT h:80 HTTP/1.1\r\n" HOST "\r\n", 501 },
+    { "TRACE", "TRACE / HTTP/1.1\r\n" HOST "\r\n", 501 },
+    { "PRI", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 501 },
     { "TE in 1.0", "POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400 },
     { "another Expect", "POST / HTTP/1.1\r\n" HOST "Expect: 200-ok\r\nContent-Length: 3\r\n\r\nabc", 417 },
     { "no HTTP at all", "\x16\x03\x01\x02", 400 },
@@ -2236,7 +2270,7 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
     TEST(buf), TEST(span), TEST(log), TEST(log_slow_console), TEST(utf8), TEST(percent), TEST(base32), TEST(number),
     TEST(limits), TEST(mp_heads), TEST(mp_scan), TEST(mp_write), TEST(mp_read), TEST(conf), TEST(conf_json), TEST(conf_network),
     TEST(conf_volumes), TEST(volumes), TEST(conf_copy), TEST(loop_deadlines), TEST(loop_timeout), TEST(loop_soon), TEST(loop_bury), TEST(modules), TEST(root_options), TEST(root_discard), TEST(hosts),
-    TEST(zip), TEST(describe), TEST(output_lines), TEST(output_flood), TEST(address), TEST(interest), TEST(http_heads),
+    TEST(zip), TEST(describe), TEST(output_lines), TEST(output_flood), TEST(address), TEST(trust), TEST(interest), TEST(http_heads),
     TEST(http_request), TEST(http_phrases), TEST(response_head), TEST(field_next), TEST(program_started), TEST(aleph_request), TEST(aleph_text),
     TEST(aleph_deadlines), TEST(forward), TEST(read_faults), TEST(conn_faults), TEST(output_faults), TEST(accept_full),
     TEST(accept_interrupted), TEST(no_vsock), TEST(init_options), TEST(node_ranges), TEST(node_find),
