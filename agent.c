@@ -18,7 +18,7 @@
  *     whoever caused it and once in the log.
  *
  * Sections, each using only those above it (grep '^/\* ====' agent.c):
- *   log sys buf loop text mp conf boot net zip vol child conn exchange websocket runner worker upstream
+ *   log sys buf loop text mp conf boot net zip vol child tls conn exchange websocket runner worker upstream
  *   node program job data ssh setup aleph http pump bridge call forward init run main
  */
 #define _GNU_SOURCE
@@ -75,7 +75,13 @@
 #include <unistd.h>
 
 #include <mbedtls/base64.h>
+#include <mbedtls/pk.h>
+#include <mbedtls/platform_util.h>
+#include <mbedtls/psa_util.h>
 #include <mbedtls/sha1.h>
+#include <mbedtls/ssl.h>
+#include <mbedtls/x509_crt.h>
+#include <psa/crypto.h>
 #include <wslay/wslay.h>
 #include <zlib.h>
 
@@ -600,6 +606,7 @@ struct watch {
 struct loop {
     int            epoll_fd;
     bool           stop;
+    uint64_t       turn;
     struct watch **heap;            /* heap[1] is looked at next */
     size_t         heap_len, heap_cap;
     struct watch  *soon_first, **soon_last;
@@ -763,6 +770,7 @@ static void loop_turn(struct loop *l)
     struct epoll_event events[64];
     int n = epoll_wait(l->epoll_fd, events, COUNT(events), loop_timeout(l));
 
+    l->turn++;
     for (int i = 0; i < n; i++) {
         struct watch *w = events[i].data.ptr;
         if (!w->buried && w->events)
@@ -1334,11 +1342,15 @@ struct conf_volume {
     bool  trusted;                  /* its setuid bits and device nodes count */
 };
 
+/* Files: what a server needs for TLS, and whose clients' certificates it demands, if any. */
+struct tls_files { char *certificate, *key, *client_ca; };
+
 /* What a file says about the agent and not about the program. */
 struct settings {
     char  **listen, **limits;               /* addresses for HTTP; "NAME=VALUE" */
     size_t  listen_len, limits_len;
     char   *wire, *log;                     /* where the supervisor's instructions come in; level */
+    struct tls_files tls;
 };
 
 struct conf {
@@ -1425,6 +1437,9 @@ static void settings_fini(struct settings *s)
     strings_free(s->limits, s->limits_len);
     free(s->wire);
     free(s->log);
+    free(s->tls.certificate);
+    free(s->tls.key);
+    free(s->tls.client_ca);
     *s = (struct settings){ 0 };
 }
 
@@ -1614,8 +1629,33 @@ static int conf_limits(struct mp_in *in, struct conf *c, struct buf *why)
     return 0;
 }
 
+static int conf_tls(struct mp_in *in, struct tls_files *t, struct buf *why)
+{
+    const struct { const char *key, *field; char **path; } files[] = {
+        { "certificate", "tls.certificate", &t->certificate }, { "key", "tls.key", &t->key },
+        { "client_ca", "tls.client_ca", &t->client_ca },
+    };
+    struct span key;
+    uint64_t pairs;
+
+    if (!mp_read_count(in, MP_MAP, &pairs))
+        return conf_wrong(why, "tls: expected a map");
+    while (pairs-- > 0) {
+        if (!mp_read_bytes(in, MP_STR, &key))
+            return conf_wrong(why, "tls: a key is not a string");
+        size_t i = 0;
+        while (i < COUNT(files) && !span_eq(key, files[i].key))
+            i++;
+        if (i == COUNT(files))
+            return conf_wrong(why, "tls.%.*s: no such field", (int)(key.n < 16 ? key.n : 16), key.p);
+        if (conf_str(in, files[i].field, files[i].path, why) < 0)
+            return -1;
+    }
+    return 0;
+}
+
 enum conf_kind {
-    CONF_STR, CONF_BIN, CONF_PORT, CONF_ARGS, CONF_DNS, CONF_KEYS, CONF_LISTEN, CONF_VARIABLES, CONF_VOLUMES, CONF_LIMITS
+    CONF_TLS, CONF_STR, CONF_BIN, CONF_PORT, CONF_ARGS, CONF_DNS, CONF_KEYS, CONF_LISTEN, CONF_VARIABLES, CONF_VOLUMES, CONF_LIMITS
 };
 
 /* Beside where a key may stand: it says something of the agent itself, or of the machine. */
@@ -1648,6 +1688,7 @@ static const struct conf_key {
     { "listen",          CONF_LISTEN,    CONF_FILE | CONF_SETTING, 0 },
     { "wire",            CONF_STR,       CONF_FILE | CONF_SETTING, offsetof(struct conf, settings.wire) },
     { "log",             CONF_STR,       CONF_FILE | CONF_SETTING, offsetof(struct conf, settings.log) },
+    { "tls",             CONF_TLS,       CONF_FILE | CONF_SETTING, 0 },
     { "limits",          CONF_LIMITS,    CONF_FILE | CONF_SETTING, 0 },
 };
 
@@ -1688,6 +1729,8 @@ static int conf_value(struct mp_in *in, struct conf *c, const struct conf_key *k
         return conf_volumes(in, c, why);
     case CONF_LIMITS:
         return conf_limits(in, c, why);
+    case CONF_TLS:
+        return conf_tls(in, &c->settings.tls, why);
     }
     return -1;
 }
@@ -1896,20 +1939,24 @@ static int conf_check_volumes(struct conf *c, struct buf *why)
 }
 
 /* conn has the addresses; here they are only text. */
-static bool address_can_listen(const char *text);
+static bool address_can_listen(const char *text, bool *tls);
 
 static int conf_check_settings(const struct settings *s, struct buf *why)
 {
+    bool tls;
+
     if (s->listen_len > LISTEN_MAX)
         return conf_wrong(why, "listen: %zu addresses, at most %d", s->listen_len, LISTEN_MAX);
     for (size_t i = 0; i < s->listen_len; i++)
-        if (!address_can_listen(s->listen[i]))
-            return conf_wrong(why, "listen[%zu]: \"%.128s\" is not vsock:PORT, unix:PATH, tcp:HOST:PORT or fd:N",
-                              i, s->listen[i]);
-    if (s->wire && !address_can_listen(s->wire))
+        if (!address_can_listen(s->listen[i], &tls))
+            return conf_wrong(why, "listen[%zu]: \"%.128s\" is not vsock:PORT, unix:PATH, tcp:HOST:PORT or fd:N, "
+                              "with or without tls+ before it", i, s->listen[i]);
+    if (s->wire && (!address_can_listen(s->wire, &tls) || tls))
         return conf_wrong(why, "wire: \"%.128s\" is not vsock:PORT, unix:PATH or fd:N", s->wire);
     if (s->wire && strncmp(s->wire, "tcp:", 4) == 0)
         return conf_wrong(why, "wire: \"%.128s\": whoever reaches it runs commands, so not by TCP", s->wire);
+    if (!s->tls.certificate != !s->tls.key || (s->tls.client_ca && !s->tls.key))
+        return conf_wrong(why, "tls: needs a certificate and its key");
     if (s->log && log_level_of(s->log) < 0)
         return conf_wrong(why, "log: \"%.32s\" is not info or debug", s->log);
     return 0;
@@ -4727,6 +4774,264 @@ static void output_fini(struct output *o)
     buf_fini(&o->tail);
 }
 
+/* ==== tls: Mbed TLS behind read and write ========================================
+ * TLS 1.2 and 1.3 as a server (RFC 5246, RFC 8446): what is not modern is not compiled in
+ * (vendor/mbedtls_config.h). No session outlives its connection: there are no tickets, whose keys
+ * the clones of a guest would share. The keys belong to all connections that began with them; new
+ * files make new keys. */
+#define TLS_FILE_MAX        (1 << 20)       /* a file of certificates or a key */
+#define TLS_CA_LIST_MAX     4096            /* names of authorities that clients are told of */
+#define TLS_SUBJECT_MAX     1024            /* a client's subject in a field */
+#define TLS_STEPS_PER_TURN  8               /* of handshakes: one may cost 2 ms, an RSA signature of 2048 bits */
+
+struct tls_keys {
+    unsigned           users;               /* connections, and who has loaded it */
+    mbedtls_ssl_config config;
+    mbedtls_x509_crt   chain, client_ca;
+    mbedtls_pk_context key;
+};
+
+struct tls {
+    struct tls_keys    *keys;               /* counted */
+    mbedtls_ssl_context ssl;
+    int                 fd;                 /* borrowed */
+    bool                blocked;            /* the socket takes no more now */
+    bool                open;               /* the handshake is over */
+    bool                closed;             /* our last word is said */
+    int                 end;                /* why nothing more can be read; 0: it can */
+    size_t              writing;            /* bytes that were given for a record the socket has not all of */
+    char               *subject;            /* of the client's certificate; NULL: none was asked for */
+};
+
+/* For a handshake that came to nothing. */
+static const char *tls_why(int rc)
+{
+    static const struct { int code; const char *text; } whys[] = {
+        { MBEDTLS_ERR_SSL_INVALID_RECORD,         "it speaks no TLS" },
+        { MBEDTLS_ERR_SSL_UNEXPECTED_MESSAGE,     "it keeps no order" },
+        { MBEDTLS_ERR_SSL_DECODE_ERROR,           "a malformed message" },
+        { MBEDTLS_ERR_SSL_BAD_PROTOCOL_VERSION,   "neither TLS 1.2 nor 1.3" },
+        { MBEDTLS_ERR_SSL_HANDSHAKE_FAILURE,      "no cipher or group in common" },
+        { MBEDTLS_ERR_SSL_NO_APPLICATION_PROTOCOL, "it does not want http/1.1" },
+        { MBEDTLS_ERR_SSL_NO_CLIENT_CERTIFICATE,  "it has no certificate" },
+        { MBEDTLS_ERR_X509_CERT_VERIFY_FAILED,    "its certificate is of another authority or out of date" },
+        { MBEDTLS_ERR_SSL_FATAL_ALERT_MESSAGE,    "it refused" },
+        { MBEDTLS_ERR_SSL_CONN_EOF,               "it left" },
+        { MBEDTLS_ERR_SSL_ALLOC_FAILED,           "no memory" },
+    };
+
+    for (size_t i = 0; i < COUNT(whys); i++)
+        if (whys[i].code == rc)
+            return whys[i].text;
+    return "a failure";
+}
+
+static void tls_keys_drop(struct tls_keys *k)
+{
+    if (!k || --k->users > 0)
+        return;
+    mbedtls_ssl_config_free(&k->config);
+    mbedtls_x509_crt_free(&k->chain);
+    mbedtls_x509_crt_free(&k->client_ca);
+    mbedtls_pk_free(&k->key);
+    free(k);
+}
+
+/* Reads certificates, or, crt being NULL, a key. */
+static int tls_parse(const char *path, mbedtls_x509_crt *crt, mbedtls_pk_context *key, struct buf *why)
+{
+    struct buf text = { 0 };
+    int rc = file_load_regular(path, &text, TLS_FILE_MAX);
+
+    if (rc < 0) {
+        buf_add_format(why, "%.512s: %s", path, strerror(errno));
+    } else {
+        const unsigned char *pem = (const void *)buf_text(&text);   /* its NUL counts */
+        rc = crt ? mbedtls_x509_crt_parse(crt, pem, text.len + 1)
+           : mbedtls_pk_parse_key(key, pem, text.len + 1, NULL, 0, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
+        if (rc != 0)        /* above 0: so many of its certificates are no good */
+            buf_add_format(why, "%.512s: no %s that can be read (Mbed TLS: %d)", path,
+                           crt ? "certificate" : "private key without a password", rc);
+    }
+    if (text.data)
+        mbedtls_platform_zeroize(text.data, text.cap);
+    buf_fini(&text);
+    return rc == 0 ? 0 : -1;
+}
+
+static size_t tls_bytes(const mbedtls_x509_crt *chain, bool names)
+{
+    size_t bytes = 0;
+
+    for (; chain; chain = chain->next)
+        bytes += 8 + (names ? chain->subject_raw.len : chain->raw.len);
+    return bytes;
+}
+
+static int tls_keys_fill(struct tls_keys *k, const struct tls_files *files, struct buf *why)
+{
+    static const char *protocols[] = { "http/1.1", NULL };
+    mbedtls_ssl_config *c = &k->config;
+
+    if (psa_crypto_init() != PSA_SUCCESS
+        || mbedtls_ssl_config_defaults(c, MBEDTLS_SSL_IS_SERVER, MBEDTLS_SSL_TRANSPORT_STREAM, MBEDTLS_SSL_PRESET_DEFAULT)
+        || mbedtls_ssl_conf_alpn_protocols(c, protocols))
+        return conf_wrong(why, "tls: no memory");
+    mbedtls_ssl_conf_rng(c, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
+    if (tls_parse(files->certificate, &k->chain, NULL, why) < 0 || tls_parse(files->key, NULL, &k->key, why) < 0)
+        return -1;
+    if (mbedtls_pk_check_pair(&k->chain.pk, &k->key, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE))
+        return conf_wrong(why, "%.256s: not the key of the certificate in %.256s", files->key, files->certificate);
+    if (tls_bytes(&k->chain, false) > MBEDTLS_SSL_OUT_CONTENT_LEN - 64)
+        return conf_wrong(why, "%.512s: certificates of more than %d bytes", files->certificate, MBEDTLS_SSL_OUT_CONTENT_LEN - 64);
+    if (mbedtls_ssl_conf_own_cert(c, &k->chain, &k->key))
+        return conf_wrong(why, "tls: no memory");
+    if (!files->client_ca)
+        return 0;
+    if (tls_parse(files->client_ca, &k->client_ca, NULL, why) < 0)
+        return -1;
+    mbedtls_ssl_conf_ca_chain(c, &k->client_ca, NULL);
+    mbedtls_ssl_conf_authmode(c, MBEDTLS_SSL_VERIFY_REQUIRED);
+    if (tls_bytes(&k->client_ca, true) > TLS_CA_LIST_MAX)
+        mbedtls_ssl_conf_cert_req_ca_list(c, MBEDTLS_SSL_CERT_REQ_CA_LIST_DISABLED);
+    return 0;
+}
+
+/* NULL, and why names the file. */
+static struct tls_keys *tls_keys_load(const struct tls_files *files, struct buf *why)
+{
+    struct tls_keys *k = calloc(1, sizeof *k);
+
+    if (!k) {
+        buf_add_text(why, "tls: no memory");
+        return NULL;
+    }
+    k->users = 1;
+    mbedtls_ssl_config_init(&k->config);
+    mbedtls_x509_crt_init(&k->chain);
+    mbedtls_x509_crt_init(&k->client_ca);
+    mbedtls_pk_init(&k->key);
+    if (tls_keys_fill(k, files, why) == 0)
+        return k;
+    tls_keys_drop(k);
+    return NULL;
+}
+
+static int tls_on_send(void *arg, const unsigned char *p, size_t n)
+{
+    struct tls *t = arg;
+    ssize_t done = send(t->fd, p, n, MSG_NOSIGNAL);
+
+    t->blocked = done < 0 && (errno == EAGAIN || errno == EINTR);
+    return done >= 0 ? (int)done : t->blocked ? MBEDTLS_ERR_SSL_WANT_WRITE : MBEDTLS_ERR_SSL_CONN_EOF;
+}
+
+static int tls_on_receive(void *arg, unsigned char *p, size_t n)
+{
+    struct tls *t = arg;
+    ssize_t done = recv(t->fd, p, n, 0);
+
+    return done >= 0 ? (int)done
+         : errno == EAGAIN || errno == EINTR ? MBEDTLS_ERR_SSL_WANT_READ : MBEDTLS_ERR_SSL_CONN_EOF;
+}
+
+static void tls_free(struct tls *t)
+{
+    if (!t)
+        return;
+    mbedtls_ssl_free(&t->ssl);
+    tls_keys_drop(t->keys);
+    free(t->subject);
+    free(t);
+}
+
+/* NULL: no memory. */
+static struct tls *tls_new(struct tls_keys *keys, int fd)
+{
+    struct tls *t = calloc(1, sizeof *t);
+
+    if (!t)
+        return NULL;
+    t->fd = fd;
+    t->keys = keys;
+    keys->users++;
+    mbedtls_ssl_init(&t->ssl);
+    if (mbedtls_ssl_setup(&t->ssl, &keys->config)) {
+        tls_free(t);
+        return NULL;
+    }
+    mbedtls_ssl_set_bio(&t->ssl, t, tls_on_send, tls_on_receive, NULL);
+    return t;
+}
+
+/* Takes who the client is from its certificate, which has been verified. */
+static int tls_take_subject(struct tls *t)
+{
+    const mbedtls_x509_crt *crt = mbedtls_ssl_get_peer_cert(&t->ssl);
+    char text[TLS_SUBJECT_MAX];
+
+    if (!crt)
+        return 0;
+    int n = mbedtls_x509_dn_gets(text, sizeof text, &crt->subject);     /* escapes what is not ASCII */
+    t->subject = n < 0 ? NULL : span_dup(span_of(text));
+    return t->subject ? 0 : n < 0 ? n : MBEDTLS_ERR_SSL_ALLOC_FAILED;
+}
+
+/* 1: the connection is open, 0: it waits for the peer (or, `blocked`, for the socket), -1: failed. */
+static int tls_handshake(struct tls *t)
+{
+    int rc = mbedtls_ssl_handshake(&t->ssl);
+
+    if (rc == MBEDTLS_ERR_SSL_WANT_READ || rc == MBEDTLS_ERR_SSL_WANT_WRITE)
+        return 0;
+    if (rc == 0)
+        rc = tls_take_subject(t);
+    t->open = rc == 0;
+    if (rc != 0)
+        log_info("tls: a handshake failed: %s (Mbed TLS: %d)", tls_why(rc), rc);
+    return rc == 0 ? 1 : -1;
+}
+
+/* As read(2). After the last byte `end` says why nothing follows. */
+static ssize_t tls_read(struct tls *t, char *to, size_t size)
+{
+    size_t got = 0;
+    int n = 0;
+
+    while (!t->end && size - got >= MBEDTLS_SSL_IN_CONTENT_LEN      /* so nothing is left inside that epoll does not see */
+           && (n = mbedtls_ssl_read(&t->ssl, (unsigned char *)to + got, size - got)) > 0)
+        got += (size_t)n;
+    if (n < 0 && n != MBEDTLS_ERR_SSL_WANT_READ && n != MBEDTLS_ERR_SSL_WANT_WRITE)
+        t->end = n;
+    if (got > 0)
+        return (ssize_t)got;
+    if (t->end == MBEDTLS_ERR_SSL_PEER_CLOSE_NOTIFY || t->end == MBEDTLS_ERR_SSL_CONN_EOF)
+        return 0;
+    errno = t->end ? EPROTO : EAGAIN;
+    return -1;
+}
+
+/* As send(2). While a record is under way, Mbed TLS wants to be told the same length again. */
+static ssize_t tls_write(struct tls *t, const char *p, size_t n)
+{
+    if (t->writing > 0)
+        n = t->writing;
+    int rc = mbedtls_ssl_write(&t->ssl, (const unsigned char *)p, n);
+    t->writing = rc == MBEDTLS_ERR_SSL_WANT_WRITE ? n : 0;
+    if (rc >= 0)
+        return rc;
+    errno = t->writing > 0 ? EAGAIN : EPIPE;
+    return -1;
+}
+
+/* close_notify: without it an end could be a cut. False: the socket takes it later. */
+static bool tls_close(struct tls *t)
+{
+    if (t->open && !t->closed)
+        t->closed = mbedtls_ssl_close_notify(&t->ssl) != MBEDTLS_ERR_SSL_WANT_WRITE;
+    return t->closed || !t->open;
+}
+
 /* ==== conn: addresses, listeners, one socket with its buffers and its state ======
  * A vsock address is (CID, port): CID 2 is the host, 3 and up are guests, 1 is loopback
  * (vsock(7)). "Hybrid" is the host's end of it in Firecracker's manner: a Unix socket where
@@ -4739,6 +5044,7 @@ struct address {
     socklen_t         sa_len;
     int               fd;           /* ADDRESS_FD */
     unsigned          port;         /* ADDRESS_HYBRID, ADDRESS_VSOCK */
+    bool              tls;          /* a listener's; tls+ stands before the rest */
     const char       *text;         /* borrowed: as it was written */
     struct span       trust;        /* in it: whose forwarded fields count; n is 0: not said */
 };
@@ -4907,10 +5213,24 @@ static bool address_parse(struct address *a, const char *text)
     return false;
 }
 
-static bool address_can_listen(const char *text)
+/* Of a listener that may speak TLS. */
+static bool address_parse_tls(struct address *a, const char *text)
+{
+    bool tls = strncmp(text, "tls+", 4) == 0;
+    bool ok = address_parse(a, text + (tls ? 4 : 0)) && a->kind != ADDRESS_HYBRID;
+
+    a->tls = tls;
+    a->text = text;
+    return ok;
+}
+
+static bool address_can_listen(const char *text, bool *tls)
 {
     struct address a;
-    return address_parse(&a, text) && a.kind != ADDRESS_HYBRID;
+    bool ok = address_parse_tls(&a, text);
+
+    *tls = a.tls;
+    return ok;
 }
 
 static int address_socket(const struct address *a)
@@ -4951,6 +5271,7 @@ static int address_connect(const struct address *a)
 
 enum conn_state {
     CONN_CONNECTING,    /* connect(2) is under way */
+    CONN_HANDSHAKE,     /* TLS is agreed on */
     CONN_OPEN,          /* bytes go both ways */
     CONN_DRAINING,      /* nothing more will be added to out */
     CONN_LINGERING,     /* all sent; what the peer still sends is read so that it can read us */
@@ -4973,6 +5294,8 @@ struct proto {
 struct conns {
     struct loop *loop;
     size_t       count;
+    uint64_t     turn;              /* of the loop, in which */
+    unsigned     steps;             /* so many steps of handshakes were made */
 };
 
 struct conn {
@@ -4988,6 +5311,7 @@ struct conn {
     bool                reset;      /* it broke off: what it sent need not be all */
     bool                paused;     /* the protocol takes no input now */
     bool                linger;     /* the peer may be sending what nobody will parse */
+    struct tls         *tls;        /* owned; NULL: plain */
 };
 
 static void conn_bury(struct watch *w)
@@ -4995,6 +5319,7 @@ static void conn_bury(struct watch *w)
     struct conn *c = CONTAINER(w, struct conn, watch);
     buf_fini(&c->in);
     buf_fini(&c->out);
+    tls_free(c->tls);
     c->proto->on_free(c);
 }
 
@@ -5012,11 +5337,14 @@ static void conn_close(struct conn *c)
 /* What epoll shall watch. Never nothing: EPOLLHUP keeps us told that the peer is gone. */
 static uint32_t conn_interest(const struct conn *c)
 {
-    uint32_t out = c->out.len > 0 ? EPOLLOUT : 0;
+    bool blocked = c->tls && c->tls->blocked;
+    uint32_t out = c->out.len > 0 || blocked ? EPOLLOUT : 0;
 
     switch (c->state) {
     case CONN_CONNECTING:
         return EPOLLOUT;
+    case CONN_HANDSHAKE:
+        return blocked ? EPOLLOUT : EPOLLIN;
     case CONN_OPEN:
         return EPOLLHUP | out | (c->half ? 0 : (uint32_t)EPOLLRDHUP)
              | (c->eof || c->paused || c->in.len >= c->in_max ? 0 : (uint32_t)EPOLLIN);
@@ -5040,7 +5368,8 @@ static void conn_flush(struct conn *c)
         return;
     }
     while (c->out.len > 0) {
-        ssize_t n = send(c->watch.fd, buf_at(&c->out), c->out.len, MSG_NOSIGNAL);
+        ssize_t n = c->tls ? tls_write(c->tls, buf_at(&c->out), c->out.len)
+                  : send(c->watch.fd, buf_at(&c->out), c->out.len, MSG_NOSIGNAL);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0 && errno == EAGAIN)
@@ -5078,7 +5407,8 @@ static void conn_half_closed(struct conn *c)
 static void conn_read(struct conn *c)
 {
     static char bytes[CONN_READ_BYTES];
-    ssize_t n = SYS_READ(c->watch.fd, bytes, sizeof bytes);
+    bool tls = c->tls && c->state == CONN_OPEN;
+    ssize_t n = tls ? tls_read(c->tls, bytes, sizeof bytes) : SYS_READ(c->watch.fd, bytes, sizeof bytes);
 
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return;
@@ -5090,6 +5420,7 @@ static void conn_read(struct conn *c)
     }
     if (c->state != CONN_OPEN)      /* nobody will parse it */
         return;
+    c->eof = tls && c->tls->end != 0;
     if (buf_add(&c->in, bytes, (size_t)n) < 0) {
         log_info("%s: no memory for input, closed", c->proto->name);
         conn_close(c);
@@ -5100,6 +5431,8 @@ static void conn_read(struct conn *c)
  * middle of the peer's sending is not destroyed by a reset. */
 static void conn_drained(struct conn *c)
 {
+    if (c->tls && !tls_close(c->tls))
+        return;
     if (!c->linger || c->eof) {
         if (!c->eof)
             conn_read(c);           /* closing over unread bytes is a reset too */
@@ -5114,7 +5447,7 @@ static void conn_drained(struct conn *c)
 /* Brings the state up to date with what the protocol left behind. */
 static void conn_settle(struct conn *c)
 {
-    if (c->state != CONN_DEAD && c->state != CONN_CONNECTING && (c->out.len > 0 || c->out.failed))
+    if (c->state != CONN_DEAD && c->state >= CONN_OPEN && (c->out.len > 0 || c->out.failed))
         conn_flush(c);
     if (c->state == CONN_DRAINING && c->out.len == 0)
         conn_drained(c);
@@ -5134,7 +5467,7 @@ static void conn_settle(struct conn *c)
 /* Lets what stands in out go, then closes. */
 static void conn_finish(struct conn *c)
 {
-    if (c->state != CONN_OPEN && c->state != CONN_CONNECTING)
+    if (c->state > CONN_OPEN)
         return;
     c->state = CONN_DRAINING;
     loop_after(c->all->loop, &c->watch, limits.send_ms);
@@ -5155,6 +5488,23 @@ static void conn_connected(struct conn *c)
     c->state = CONN_OPEN;
 }
 
+/* Signing takes its time: a turn makes a few steps, epoll brings the others again in the next. */
+static void conn_handshake(struct conn *c)
+{
+    struct conns *all = c->all;
+
+    all->steps = all->turn == all->loop->turn ? all->steps + 1 : 1;
+    all->turn = all->loop->turn;
+    if (all->steps > TLS_STEPS_PER_TURN)
+        return;
+    int rc = tls_handshake(c->tls);
+    if (rc > 0)
+        c->state = CONN_OPEN;
+    c->linger = rc < 0;             /* so that it can read the alert */
+    if (rc < 0)
+        conn_finish(c);
+}
+
 static void conn_on_event(struct watch *w, uint32_t events)
 {
     struct conn *c = CONTAINER(w, struct conn, watch);
@@ -5163,6 +5513,8 @@ static void conn_on_event(struct watch *w, uint32_t events)
         conn_connected(c);
     if (events & (EPOLLHUP | EPOLLERR))
         c->gone = true;
+    if (c->state == CONN_HANDSHAKE && events)
+        conn_handshake(c);
     if (events & EPOLLRDHUP && c->state == CONN_OPEN)
         conn_half_closed(c);
     bool wants = c->state == CONN_LINGERING
@@ -5180,7 +5532,10 @@ static void conn_on_deadline(struct watch *w)
 {
     struct conn *c = CONTAINER(w, struct conn, watch);
 
-    if (c->state == CONN_OPEN || c->state == CONN_CONNECTING) {
+    if (c->state == CONN_HANDSHAKE) {
+        log_info("tls: a handshake took more than %" PRId64 " ms, closed", limits.silent_ms);
+        conn_close(c);
+    } else if (c->state == CONN_OPEN || c->state == CONN_CONNECTING) {
         c->proto->on_deadline(c);
         conn_settle(c);
     } else {
@@ -5430,6 +5785,19 @@ static struct part request_part_begin(const struct request *r)
 static void request_part_end(const struct request *r, struct part *p)
 {
     p->n = (uint32_t)r->text.len - p->at;
+}
+
+/* The field that tells the program who a client's certificate is made out to. Nobody else may say
+ * so, nor with '_', which is the same to WSGI. */
+#define FIELD_SUBJECT   "x-client-subject"
+
+static bool field_is_subject(struct span name)
+{
+    bool same = name.n == strlen(FIELD_SUBJECT);
+
+    for (size_t i = 0; same && i < name.n; i++)
+        same = tolower((unsigned char)(name.p[i] == '_' ? '-' : name.p[i])) == FIELD_SUBJECT[i];
+    return same;
 }
 
 static bool field_is_hop_by_hop(struct span name)      /* RFC 9110 section 7.6.1 */
@@ -9975,7 +10343,7 @@ static const char *aleph_read_fields(struct mp_in in, struct request *r, struct 
         aleph_read_value(&again, &value);
         if (span_eq_nocase(name, "content-length"))
             had_length = true;
-        else if (!field_is_hop_by_hop(name) && !field_is_named_in(connection, name))
+        else if (!field_is_hop_by_hop(name) && !field_is_named_in(connection, name) && !field_is_subject(name))
             request_add_field(r, name, value);
     }
     if (had_length || body.n > 0) {
@@ -10449,6 +10817,7 @@ struct http_server {
     struct loop    *loop;
     struct conns   *conns;
     struct program *program;
+    struct tls_keys **keys;         /* borrowed: those of connections to come */
     struct listener listener;
 };
 
@@ -10825,7 +11194,9 @@ static int http_on_value_complete(llhttp_t *parser)
         return http_wrong(h, 431, "too many fields");
     if (http_check_field(h, name, value) < 0)
         return -1;
-    if (field_is_hop_by_hop(name)) {        /* ends at this connection */
+    if (field_is_subject(name)) {
+        r->text.len = h->name.at;
+    } else if (field_is_hop_by_hop(name)) {        /* ends at this connection */
         struct buf *kept = span_eq_nocase(name, "connection") ? &h->connection
                          : span_eq_nocase(name, "upgrade") ? &h->upgrade : NULL;
         if (kept && kept->len > 0)
@@ -11031,6 +11402,10 @@ static int http_on_headers_complete(llhttp_t *parser)
     request_part_end(r, &r->fields);
     if (h->connection.len > 0)
         http_drop_fields(h, http_is_named);
+    if ((r->is_https = h->conn.tls) && h->conn.tls->subject) {  /* after that: Connection cannot name it */
+        request_add_field(r, SPAN(FIELD_SUBJECT), span_of(h->conn.tls->subject));
+        request_part_end(r, &r->fields);
+    }
     if (h->peer[0] || r->forwarded)
         http_take_client(h);
     if (h->upgrade.len > 0)
@@ -11278,7 +11653,7 @@ static void http_on_deadline(struct conn *c)
     } else if (!h->served) {
         http_refuse(h, 408, "no request came");
     } else {
-        conn_close(c);              /* idle between requests: its right */
+        conn_finish(c);             /* idle between requests: its right */
     }
 }
 
@@ -11323,11 +11698,17 @@ static void http_on_accept(struct listener *l, int fd)
 {
     struct http_server *s = l->arg;
     struct http *h = calloc(1, sizeof *h);
+    bool tls = l->address.tls;
 
-    if (!h || conn_open(&h->conn, s->conns, &http_proto, fd, CONN_OPEN) < 0) {
+    if (h && tls)
+        h->conn.tls = tls_new(*s->keys, fd);
+    bool ok = h && (h->conn.tls || !tls);
+    if (!ok || conn_open(&h->conn, s->conns, &http_proto, fd, tls ? CONN_HANDSHAKE : CONN_OPEN) < 0) {
         log_info("http: no memory for a connection");
-        if (!h)
+        if (!ok)
             fd_close(&fd);
+        if (h)
+            tls_free(h->conn.tls);
         free(h);
         return;
     }
@@ -11342,7 +11723,7 @@ static int http_open(struct http_server *s)
     s->listener.all = s->conns;
     s->listener.on_accept = http_on_accept;
     s->listener.arg = s;
-    s->listener.full = "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+    s->listener.full = s->listener.address.tls ? NULL : "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
     return listener_open(&s->listener);
 }
 
@@ -12592,6 +12973,7 @@ struct agent {
     struct aleph_server aleph;
     struct http_server  http[LISTEN_MAX];
     size_t              http_len;
+    struct tls_keys    *keys;               /* NULL: no TLS */
     struct bridge       bridge;
     struct boot         boot;
     struct options      options;
@@ -12891,13 +13273,28 @@ static void agent_reap(struct agent *a)
     halt_files(a);
 }
 
+static int agent_load_tls(struct agent *a, struct buf *why);
+
+static void agent_reload_tls(struct agent *a)
+{
+    struct buf why = { 0 };
+
+    if (agent_load_tls(a, &why) < 0)
+        log_info("%s: the certificate and key from before stay", buf_text(&why));
+    else
+        log_info("tls: new connections have the certificate and key that the files hold now");
+    buf_fini(&why);
+}
+
 static void agent_on_signal(struct watch *w, uint32_t events)
 {
     struct agent *a = CONTAINER(w, struct agent, signals);
     struct signalfd_siginfo info;
 
     while (events && read(w->fd, &info, sizeof info) == sizeof info)
-        if (info.ssi_signo != SIGCHLD)
+        if (info.ssi_signo == SIGHUP && a->keys && info.ssi_code <= 0)
+            agent_reload_tls(a);            /* from a process; above 0: the terminal has gone (sigaction(2)) */
+        else if (info.ssi_signo != SIGCHLD)
             agent_halt(a, strsignal((int)info.ssi_signo), halt_is_off((int)info.ssi_signo));
     agent_reap(a);
 }
@@ -12918,7 +13315,7 @@ static int agent_signals(struct agent *a)
     if (a->is_process) {
         sigaction(SIGPIPE, &ignore, NULL);
         sigaddset(&wanted, SIGQUIT);
-        if (sigaction(SIGHUP, NULL, &hangup) == 0 && hangup.sa_handler != SIG_IGN)
+        if (a->keys || (sigaction(SIGHUP, NULL, &hangup) == 0 && hangup.sa_handler != SIG_IGN))
             sigaddset(&wanted, SIGHUP);
     }
     for (int sig = 1; sig < NSIG && !a->is_process; sig++)
@@ -13303,14 +13700,47 @@ static void agent_choose_addresses(struct agent *a, const char *wire, const char
     a->http_len = from->listen_len ? from->listen_len : http ? 1 : 0;
     for (size_t i = 0; i < a->http_len; i++) {
         struct http_server *h = &a->http[i];
-        address_parse(&h->listener.address, from->listen_len ? from->listen[i] : http);
+        address_parse_tls(&h->listener.address, from->listen_len ? from->listen[i] : http);
         if (h->listener.address.kind == ADDRESS_VSOCK && agent_is_sandboxed(a))
             log_info("listen on %s: not in a sandbox", h->listener.address.text);
         h->listener.watch.fd = -1;
         h->loop = &a->loop;
         h->conns = &a->conns;
         h->program = &a->program;
+        h->keys = &a->keys;
     }
+}
+
+static bool agent_wants_tls(const struct agent *a)
+{
+    bool wants = false;
+
+    for (size_t i = 0; i < a->http_len; i++)
+        wants |= a->http[i].listener.address.tls;
+    return wants;
+}
+
+static const struct tls_files *agent_tls_files(const struct agent *a)
+{
+    return a->options.told.tls.certificate ? &a->options.told.tls : &a->settings.tls;
+}
+
+/* Reads the files of TLS; those that are no good change nothing. -1, and why says which. */
+static int agent_load_tls(struct agent *a, struct buf *why)
+{
+    const struct tls_files *files = agent_tls_files(a);
+
+    if (agent_wants_tls(a) == !files->certificate)
+        return files->certificate ? conf_wrong(why, "tls: there is a certificate, but no address to listen on is tls+…")
+                                  : conf_wrong(why, "tls: to listen on tls+… takes a certificate and its key");
+    if (!files->certificate)
+        return 0;
+    struct tls_keys *keys = tls_keys_load(files, why);
+    if (!keys)
+        return -1;
+    tls_keys_drop(a->keys);
+    a->keys = keys;
+    return 0;
 }
 
 /* Opens what is not open yet. Early in the boot of a machine only vsock can be: a path could
@@ -13325,8 +13755,12 @@ static bool agent_can_listen(const struct agent *a, const struct listener *l, bo
 
 static int agent_listen(struct agent *a, bool late)
 {
+    struct buf why = { 0 };
     int rc = 0;
 
+    if (late && !a->keys && !a->is_process && agent_load_tls(a, &why) < 0)
+        log_info("%s: nobody is served by TLS", buf_text(&why));
+    buf_fini(&why);
     if (agent_can_listen(a, &a->aleph.listener, late) && aleph_open(&a->aleph) < 0)
         rc = log_errno("listen on %s", a->aleph.listener.address.text);
     if (late && a->aleph.listener.watch.fd >= 0)
@@ -13334,7 +13768,7 @@ static int agent_listen(struct agent *a, bool late)
     for (struct http_server *h = a->http; h < a->http + a->http_len; h++) {
         if (agent_can_listen(a, &h->listener, late) && http_open(h) < 0)
             rc = log_errno("listen on %s", h->listener.address.text);
-        if (late && h->listener.watch.fd >= 0)
+        if (late && h->listener.watch.fd >= 0 && (a->keys || !h->listener.address.tls))
             listener_start(&h->listener);
     }
     return rc;
@@ -13362,7 +13796,7 @@ static void init_listen(struct agent *a)
 
 static const char init_usage[] =
     "usage: agent init --listen ADDRESS --ready ADDRESS [--http ADDRESS] [--api ADDRESS] [--config FILE]\n"
-    "                  [--limit NAME=VALUE]... [--log debug]\n"
+    "                  [--tls-cert FILE --tls-key FILE [--tls-ca FILE]] [--limit NAME=VALUE]... [--log debug]\n"
     "\n"
     "As PID 1 of a machine the agent needs no option. These are for a sandbox (unshare(1)): vsock is\n"
     "not touched, no module is loaded, and halt exits instead of rebooting.\n"
@@ -13383,6 +13817,12 @@ static const char *options_take(struct options *o, const char *word, const char 
         return settings_add_limit(&o->told, value);
     else if (strcmp(word, "--log") == 0)
         return settings_set_log(&o->told, value);
+    else if (strcmp(word, "--tls-cert") == 0)
+        o->told.tls.certificate = span_dup(span_of(value));
+    else if (strcmp(word, "--tls-key") == 0)
+        o->told.tls.key = span_dup(span_of(value));
+    else if (strcmp(word, "--tls-ca") == 0)
+        o->told.tls.client_ca = span_dup(span_of(value));
     else
         return "";
     return NULL;
@@ -13400,7 +13840,8 @@ static int init_options(struct options *o, int argc, char **argv)
 
         if (strcmp(argv[i], "--help") == 0)
             return fputs(init_usage, stdout), -1;
-        if (is_address && (!address_parse(&parsed, value) || parsed.kind == ADDRESS_VSOCK))
+        bool is_http = strcmp(argv[i], "--http") == 0;
+        if (is_address && (!(is_http ? address_parse_tls : address_parse)(&parsed, value) || parsed.kind == ADDRESS_VSOCK))
             wrong = "expected unix:PATH, tcp:HOST:PORT or fd:N";
         else if (strcmp(argv[i], "--listen") == 0)
             o->told.wire = span_dup(span_of(value));
@@ -13469,8 +13910,12 @@ static const char run_usage[] =
     "hostname stay as they are; vsock is not touched unless an address says so.\n"
     "\n"
     "  --config FILE        a configuration in JSON, as a machine has it in " PATH_CONF "; options win\n"
-    "  --listen ADDRESS     where HTTP comes in: tcp:HOST:PORT, unix:PATH, vsock:PORT or fd:N; may be repeated;\n"
-    "                       tcp:127.0.0.1:8080 if there is none\n"
+    "  --listen ADDRESS     where HTTP comes in: tcp:HOST:PORT, unix:PATH, vsock:PORT or fd:N, by TLS with tls+\n"
+    "                       before it; may be repeated; tcp:127.0.0.1:8080 if there is none, with a certificate\n"
+    "                       tls+tcp:127.0.0.1:8443\n"
+    "  --tls-cert FILE      certificate and those between it and the authority, in PEM\n"
+    "  --tls-key FILE       its private key; SIGHUP reads all these files anew\n"
+    "  --tls-ca FILE        clients must have a certificate of these authorities\n"
     "  --wire ADDRESS       where a supervisor's instructions come in: vsock:PORT, unix:PATH or fd:N\n"
     "  --env NAME=VALUE     a variable for the program; may be repeated\n"
     "  --limit NAME=VALUE   README.md has the names; may be repeated\n"
@@ -13612,6 +14057,12 @@ static int run_main(int argc, char **argv)
         fprintf(stderr, "agent run: %s\n", wrong);
         return EXIT_USAGE;
     }
+    agent_choose_addresses(&a, NULL, agent_tls_files(&a)->certificate ? "tls+tcp:127.0.0.1:8443" : "tcp:127.0.0.1:8080");
+    struct buf why = { 0 };
+    if (agent_load_tls(&a, &why) < 0) {
+        fprintf(stderr, "agent run: %s\n", buf_text(&why));
+        return EXIT_USAGE;
+    }
     run_descriptors();
     agent_init(&a);
     a.program.env = environ;
@@ -13622,7 +14073,6 @@ static int run_main(int argc, char **argv)
     prctl(PR_SET_DUMPABLE, 0);
     prctl(PR_SET_CHILD_SUBREAPER, 1);
     agent_signals(&a);
-    agent_choose_addresses(&a, NULL, "tcp:127.0.0.1:8080");
     if (agent_listen(&a, true) < 0) {
         a.exit_code = EXIT_FAILED;
         run_end(&a);

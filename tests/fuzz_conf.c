@@ -184,7 +184,7 @@ static void file_outcome(struct span text)
     for (size_t i = 0; rc == 0 && i < c.settings.limits_len; i++)
         demand(!limit_set(&before, c.settings.limits[i]), "a limit that cannot be set");
     for (size_t i = 0; rc == 0 && i < c.settings.listen_len; i++)
-        demand(address_can_listen(c.settings.listen[i]), "an address that is none");
+        demand(address_can_listen(c.settings.listen[i], &(bool){ false }), "an address that is none");
     conf_fini(&c);
     buf_fini(&why);
 }

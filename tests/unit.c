@@ -1325,8 +1325,8 @@ static void test_trust(void)
 /* Every row: nothing here may ask for input that nobody takes, nor for nothing at all while open. */
 static void test_interest(void)
 {
-    enum { E = 1, P = 2, F = 4, O = 8, H = 16 };    /* end of stream read, paused, input full, output waits,
-                                                     * the peer is known to send no more */
+    enum { E = 1, P = 2, F = 4, O = 8, H = 16, T = 32, B = 64 };    /* end of stream read, paused, input full,
+                     * output waits, the peer is known to send no more; by TLS; which the socket keeps waiting */
     enum { OPEN = EPOLLHUP, IN = EPOLLIN, OUT = EPOLLOUT, END = EPOLLRDHUP };
     static const struct { enum conn_state state; unsigned flags, events; } table[] = {
         { CONN_CONNECTING, 0, OUT }, { CONN_CONNECTING, O, OUT }, { CONN_CONNECTING, P | O | H, OUT },
@@ -1341,11 +1341,17 @@ static void test_interest(void)
         { CONN_DRAINING, 0, OPEN }, { CONN_DRAINING, O, OPEN | OUT }, { CONN_DRAINING, E | O, OPEN | OUT },
         { CONN_DRAINING, P | F | H, OPEN }, { CONN_LINGERING, 0, IN }, { CONN_LINGERING, P | F | H, IN },
         { CONN_DEAD, 0, 0 }, { CONN_DEAD, O, 0 },
+        { CONN_HANDSHAKE, T, IN }, { CONN_HANDSHAKE, T | B, OUT }, { CONN_HANDSHAKE, T | P | F, IN },
+        { CONN_OPEN, T, OPEN | END | IN }, { CONN_OPEN, T | O, OPEN | END | IN | OUT },
+        { CONN_OPEN, T | B | O | E, OPEN | END | OUT }, { CONN_DRAINING, T, OPEN }, { CONN_DRAINING, T | B, OPEN | OUT },
+        { CONN_LINGERING, T | B, IN }, { CONN_DEAD, T | B, 0 },
     };
 
     EACH(i, table) {
         unsigned f = table[i].flags;
-        struct conn c = { .state = table[i].state, .eof = f & E, .paused = f & P, .half = f & H, .in_max = 100 };
+        struct tls tls = { .blocked = f & B };
+        struct conn c = { .state = table[i].state, .eof = f & E, .paused = f & P, .half = f & H, .in_max = 100,
+                          .tls = f & T ? &tls : NULL };
         c.in.len = f & F ? 100 : 99;
         c.out.len = f & O ? 1 : 0;
         check(conn_interest(&c) == table[i].events, "row %zu: expected 0x%x, got 0x%x", i, table[i].events, conn_interest(&c));
