@@ -4796,6 +4796,7 @@ struct tls {
     mbedtls_ssl_context ssl;
     int                 fd;                 /* borrowed */
     bool                blocked;            /* the socket takes no more now */
+    bool                eof;                /* nor has it more */
     bool                open;               /* the handshake is over */
     bool                closed;             /* our last word is said */
     int                 end;                /* why nothing more can be read; 0: it can */
@@ -4931,6 +4932,7 @@ static int tls_on_receive(void *arg, unsigned char *p, size_t n)
     struct tls *t = arg;
     ssize_t done = recv(t->fd, p, n, 0);
 
+    t->eof = done == 0;
     return done >= 0 ? (int)done
          : errno == EAGAIN || errno == EINTR ? MBEDTLS_ERR_SSL_WANT_READ : MBEDTLS_ERR_SSL_CONN_EOF;
 }
@@ -4999,8 +5001,11 @@ static ssize_t tls_read(struct tls *t, char *to, size_t size)
     int n = 0;
 
     while (!t->end && size - got >= MBEDTLS_SSL_IN_CONTENT_LEN      /* so nothing is left inside that epoll does not see */
-           && (n = mbedtls_ssl_read(&t->ssl, (unsigned char *)to + got, size - got)) > 0)
+           && (n = mbedtls_ssl_read(&t->ssl, (unsigned char *)to + got, size - got)) >= 0) {
         got += (size_t)n;
+        if (n == 0 && t->eof)       /* else an empty record */
+            t->end = MBEDTLS_ERR_SSL_CONN_EOF;
+    }
     if (n < 0 && n != MBEDTLS_ERR_SSL_WANT_READ && n != MBEDTLS_ERR_SSL_WANT_WRITE)
         t->end = n;
     if (got > 0)
