@@ -165,6 +165,9 @@ def group_order():
             ("with a name and no value", head(b"a\0"), "not 1 names and values"),
             ("with a NUL in a value", head(b"a\0b\0c\0"), "not 1 names and values")):
         deadly("84 a head %s" % name, frames(frame(RESPONSE_HEAD, payload)), reason)
+    for kind in (13, 14):
+        deadly("84 a message of type %d without a WebSocket" % kind, frames(frame(kind, b"x")), "where there is no WebSocket")
+    deadly("84 a close without a WebSocket", frames(frame(15, b"\xe8\3")), "which cannot be")
     deadly("84 credit of 4 GiB", frames(frame(WINDOW, b"\xff\xff\xff\xff")), "more credit than it had taken")
     deadly("84 credit of one byte", frames(frame(WINDOW, b"\1\0\0\0")), "more credit than it had taken")
     deadly("84 credit of 3 bytes length", frames(frame(WINDOW, b"\0\0\0")), "more credit than it had taken")

@@ -20,7 +20,7 @@ import traceback
 
 PYTHON, WORKER, APPS = sys.argv[1:4]
 CONFIGURE, REQUEST, BODY, DISCONNECT, SHUTDOWN, WINDOW = range(1, 7)
-HELLO, READY, START_FAILED, HEAD, RESPONSE, FAILURE = range(7, 13)
+HELLO, READY, START_FAILED, HEAD, RESPONSE, FAILURE, TEXT, BINARY, CLOSE = range(7, 16)
 END, CREDIT, PIECE, FRAME_MAX = 1, 65536, 65536, 262144
 OWN_FILE = os.path.basename(WORKER)
 PATIENCE_S = 10
@@ -40,6 +40,8 @@ class Stream:
         self.status = self.headers = self.failure = self.details = None
         self.body = bytearray()
         self.frames = []                # sizes of the body frames
+        self.messages = []              # of a WebSocket, the last (CLOSE, code, reason)
+        self.piece_kind = None          # of a message under way
         self.closed = False
         self.may_send = CREDIT          # what the worker has left to send
         self.window = CREDIT            # what we have left to send
@@ -173,6 +175,21 @@ class Agent:
             stream.closed = flags == END
             if self.refill and payload and not stream.closed:
                 self.allow(number, len(payload))
+        elif kind in (TEXT, BINARY):
+            assert stream.status == 101 and stream.piece_kind in (None, kind), "a message out of place"
+            stream.may_send -= len(payload) + 12
+            assert stream.may_send >= 0 and len(payload) <= PIECE, "more of a message than credit"
+            stream.body += payload
+            stream.piece_kind = None if flags else kind
+            if flags:
+                stream.messages.append((kind, bytes(stream.body)))
+                stream.body.clear()
+            if self.refill:
+                self.allow(number, len(payload) + 12)
+        elif kind == CLOSE:
+            assert stream.status == 101 and flags == 0
+            stream.messages.append((CLOSE, int.from_bytes(payload[:2], "little"), payload[2:].decode()))
+            stream.closed = True
         elif kind == FAILURE:
             message, details = payload.split(b"\0")
             stream.failure, stream.details, stream.closed = message.decode(), details.decode(), True
@@ -214,6 +231,25 @@ class Agent:
 
     def event(self, text):
         return self.finish(self.open("/", event=text))
+
+    def websocket(self, target, **more):
+        """One that the program has accepted, or not."""
+        number = self.open(target, type="websocket", **more)
+        stream = self.streams[number]
+        self.until(lambda: stream.closed or stream.status)
+        return number, stream
+
+    def message(self, number, kind, data, piece=16000):
+        """As the worker gives credit for it."""
+        stream, at = self.streams[number], 0
+        while True:
+            self.until(lambda: stream.window >= min(piece, len(data) - at) + 12 or stream.closed)
+            part = data[at:at + piece]
+            at += len(part)
+            stream.window -= len(part) + 12
+            self.frame(number, kind, part, END if at == len(data) else 0)
+            if at == len(data):
+                return
 
     def upload(self, number, data, piece=PIECE):
         """Send a body as the worker gives credit for it."""
@@ -390,6 +426,65 @@ def scope_is_complete():
                   "headers": [["host", "test"], ["x-one", "\xff"], ["x-one", "2"]]}
         equal({key: seen[key] for key in wanted}, wanted)
         equal(agent.json("/", client=None)["client"], None)
+
+
+@check
+def websocket_messages_both_ways():
+    with Agent("websocket") as agent:
+        number, stream = agent.websocket("/echo", headers=[(b"sec-websocket-protocol", b"a, b")])
+        equal((stream.status, dict(stream.headers)[b"sec-websocket-protocol"]), (101, b"b"))
+        sent = [(TEXT, b""), (BINARY, b""), (TEXT, "h\u00e9".encode()), (BINARY, os.urandom(1 << 20)), (TEXT, b"x" * 300000)]
+        for kind, data in sent:
+            agent.message(number, kind, data)
+            agent.until(lambda: len(stream.messages) > sent.index((kind, data)))
+        equal(stream.messages, sent)
+        agent.message(number, TEXT, "\u20ac".encode() * 3, piece=1)      # split within characters
+        agent.until(lambda: len(stream.messages) == 6)
+        equal(stream.messages[5], (TEXT, "\u20ac".encode() * 3))
+        agent.frame(number, DISCONNECT, struct.pack("<H", 3001) + b"so long")
+        agent.finish(number)
+        equal(agent.json("/log"), [[3001, "so long"]])
+
+
+@check
+def websocket_answers():
+    with Agent("websocket") as agent:
+        for target, status, body in (("/close", 403, b""), ("/deny", 418, b"short and stout")):
+            stream = agent.get(target, type="websocket")
+            equal((stream.status, bytes(stream.body)), (status, body))
+        for target, wanted in (("/raise", "RuntimeError: before accept"), ("/return", "without a complete response")):
+            has(agent.get(target, type="websocket").failure, wanted)
+        equal(agent.finish(agent.websocket("/bye?4000")[0]).messages, [(CLOSE, 4000, "so it is")])
+        equal(agent.finish(agent.websocket("/return-open")[0]).messages, [(CLOSE, 1000, "")])
+        has(agent.finish(agent.websocket("/throw")[0]).failure, "after accept")
+        for code in ("999", "1005", "1006", "1015", "2000", "5000"):
+            has(agent.finish(agent.websocket("/bye?" + code)[0]).failure, "%s is no code" % code)
+        number, stream = agent.websocket("/idle")
+        agent.frame(0, SHUTDOWN)
+        equal(agent.finish(number).messages, [(CLOSE, 1012, "")])
+        equal(agent.exit_code(), 0)
+
+
+@check
+def websocket_credit():
+    with Agent("websocket", refill=False) as agent:
+        number, stream = agent.websocket("/idle")       # it takes no message: only the first is given credit for
+        agent.message(number, BINARY, b"a" * 500000)
+        for _ in range(3):
+            stream.window -= 1012
+            agent.frame(number, BINARY, b"b" * 1000, END)
+        agent.quiet()
+        assert stream.window < CREDIT, stream.window
+        number, stream = agent.websocket("/both")       # three messages at once wait for credit in turn
+        agent.until(lambda: stream.may_send <= 12)
+        agent.quiet()
+        agent.refill = True
+        agent.allow(number, CREDIT - stream.may_send)
+        agent.until(lambda: len(stream.messages) == 3)
+        equal([text[:1] * 300000 for _, text in stream.messages], [text for _, text in stream.messages])
+        agent.frame(number, DISCONNECT)
+        agent.finish(number)
+        equal(agent.json("/log")[-1], [1006, ""])
 
 
 @check

