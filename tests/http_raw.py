@@ -1016,37 +1016,39 @@ def highest_rss(seconds):
 
 
 def group_memory():
-    """Bodies of 200 MiB that one side does not take."""
+    """Long bodies that one side does not take."""
+    size_mib = int(os.environ.get("BODY_MIB", "200"))
+    what = "%d MiB" % size_mib
     before = rss_kib()
     with Client() as client:
-        client.send(get(HOST, target=b"/stream/3200/65536"))
+        client.send(get(HOST, target=b"/stream/%d/65536" % (16 * size_mib)))
         grown = highest_rss(2) - before
-        expect("200 MiB to a client that does not read: %d KiB more" % grown, SANITIZED or grown <= 1024, "more than 1 MiB")
+        expect((what + " to a client that does not read: %d KiB more") % grown, SANITIZED or grown <= 1024, "more than 1 MiB")
         client.head()
         size, chunk = 0, client.chunk()
         while chunk:
             size, chunk = size + len(chunk), client.chunk()
-        equal("200 MiB to a client that reads late: all of it", 200 * MIB, size)
+        equal(what + " to a client that reads late: all of it", size_mib * MIB, size)
         grown = rss_kib() - before
-        expect("200 MiB read: %d KiB more" % grown, SANITIZED or grown <= 1024, "more than 1 MiB")
+        expect((what + " read: %d KiB more") % grown, SANITIZED or grown <= 1024, "more than 1 MiB")
     before = rss_kib()
     with Client() as client:
         client.sock.settimeout(0.5)
         sent, started = 0, time.monotonic()
-        client.send(post(b"Content-Length: %d\r\n" % (200 * MIB), b"").replace(b"POST /", b"POST /slowread/2"))
+        client.send(post(b"Content-Length: %d\r\n" % (size_mib * MIB), b"").replace(b"POST /", b"POST /slowread/2"))
         with contextlib.suppress(socket.timeout):
-            while sent < 200 * MIB:
+            while sent < size_mib * MIB:
                 sent += client.sock.send(bytes(65536))
         grown = rss_kib() - before
-        expect("200 MiB to a program that does not read: %d KiB taken" % (sent / 1024), sent < 2 * MIB, "too much")
-        expect("200 MiB to a program that does not read: %d KiB more" % grown, SANITIZED or grown <= 1024, "more than 1 MiB")
+        expect((what + " to a program that does not read: %d KiB taken") % (sent / 1024), sent < 2 * MIB, "too much")
+        expect((what + " to a program that does not read: %d KiB more") % grown, SANITIZED or grown <= 1024, "more than 1 MiB")
         client.sock.settimeout(30)
         most, zeros = 0, bytes(MIB)
-        while sent < 200 * MIB:
-            sent += client.sock.send(zeros[:200 * MIB - sent])
+        while sent < size_mib * MIB:
+            sent += client.sock.send(zeros[:size_mib * MIB - sent])
             most = max(most, rss_kib())
-        equal("200 MiB to a program that reads late: all of it", 200 * MIB, json.loads(client.response().body)["body_bytes"])
-        expect("200 MiB taken: %d KiB more" % (most - before), SANITIZED or most - before <= 1024, "more than 1 MiB")
+        equal(what + " to a program that reads late: all of it", size_mib * MIB, json.loads(client.response().body)["body_bytes"])
+        expect((what + " taken: %d KiB more") % (most - before), SANITIZED or most - before <= 1024, "more than 1 MiB")
 
 
 def group_unread():
@@ -1256,12 +1258,17 @@ def group_times():
 
 
 def group_idle():
-    """10,000 connections that say nothing."""
-    before = descriptors()
+    """10,000 connections that have had an answer and say nothing more."""
+    before, empty = descriptors(), rss_kib()
+    asks = get(HOST + b"Cookie: %s\r\n" % (b"c" * 3000), target=b"/bytes/100")
     idle = []
     for _ in range(10000):
         idle.append(Client())
+        idle[-1].send(asks)
     expect("10,000 idle connections: all accepted", settled(lambda: descriptors() >= before + 10000, True), descriptors())
+    equal("10,000 idle connections: all answered before", {200}, {client.response().status for client in idle})
+    each = (rss_kib() - empty) / 10000
+    expect("10,000 idle connections: %.2f KiB each" % each, SANITIZED or each <= 4, "more than 4")
     times = []
     for _ in range(200):
         begin = time.monotonic()
