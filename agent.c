@@ -5276,6 +5276,7 @@ static int address_connect(const struct address *a)
 
 enum conn_state {
     CONN_CONNECTING,    /* connect(2) is under way */
+    CONN_GREETING,      /* hybrid: CONNECT PORT is said, OK N is awaited; only then comes more */
     CONN_HANDSHAKE,     /* TLS is agreed on */
     CONN_OPEN,          /* bytes go both ways */
     CONN_DRAINING,      /* nothing more will be added to out */
@@ -5309,6 +5310,7 @@ struct conn {
     const struct proto *proto;
     enum conn_state     state;
     struct buf          in, out;    /* not yet parsed, not yet sent */
+    unsigned            greets;     /* hybrid: the port to ask for once it is connected; else 0 */
     size_t              in_max;     /* reading stops while `in` holds this much */
     bool                eof;        /* the peer has sent its last byte, and we have read it */
     bool                half;       /* the peer sends no more: epoll has said so once */
@@ -5355,6 +5357,7 @@ static uint32_t conn_interest(const struct conn *c)
              | (c->eof || c->paused || c->in.len >= c->in_max ? 0 : (uint32_t)EPOLLIN);
     case CONN_DRAINING:
         return EPOLLHUP | out;
+    case CONN_GREETING:
     case CONN_LINGERING:
         return EPOLLIN;
     case CONN_DEAD:
@@ -5490,7 +5493,31 @@ static void conn_connected(struct conn *c)
         conn_close(c);
         return;
     }
+    c->state = c->greets ? CONN_GREETING : CONN_OPEN;
+    char line[32];
+    int n = snprintf(line, sizeof line, "CONNECT %u\n", c->greets);
+    if (c->greets && send(c->watch.fd, line, (size_t)n, MSG_NOSIGNAL) != n)
+        conn_close(c);
+}
+
+/* Byte by byte: what follows the line is not ours. */
+static void conn_greeted(struct conn *c)
+{
+    char byte = 0;
+    ssize_t n;
+
+    while (byte != '\n' && c->in.len < CONN_GREETING_MAX && (n = recv(c->watch.fd, &byte, 1, 0)) != 0) {
+        if (n < 0 && (errno == EAGAIN || errno == EINTR))
+            return;
+        if (n < 0 || buf_add_byte(&c->in, (unsigned char)byte) < 0)
+            break;
+    }
+    bool ok = byte == '\n' && c->in.len > 2 && memcmp(buf_at(&c->in), "OK", 2) == 0;
+    buf_drop(&c->in, c->in.len);
     c->state = CONN_OPEN;
+    errno = ECONNREFUSED;
+    if (!ok)
+        conn_close(c);
 }
 
 /* Signing takes its time: a turn makes a few steps, epoll brings the others again in the next. */
@@ -5516,6 +5543,8 @@ static void conn_on_event(struct watch *w, uint32_t events)
 
     if (c->state == CONN_CONNECTING && events)
         conn_connected(c);
+    else if (c->state == CONN_GREETING && events)
+        conn_greeted(c);
     if (events & (EPOLLHUP | EPOLLERR))
         c->gone = true;
     if (c->state == CONN_HANDSHAKE && events)
@@ -5540,7 +5569,7 @@ static void conn_on_deadline(struct watch *w)
     if (c->state == CONN_HANDSHAKE) {
         log_info("tls: a handshake took more than %" PRId64 " ms, closed", limits.silent_ms);
         conn_close(c);
-    } else if (c->state == CONN_OPEN || c->state == CONN_CONNECTING) {
+    } else if (c->state <= CONN_OPEN) {
         c->proto->on_deadline(c);
         conn_settle(c);
     } else {
@@ -7334,6 +7363,7 @@ struct upstream {
     struct conns     conns;         /* apart from the fronts', which have a limit */
     struct address   address;       /* where it listens */
     unsigned         port;
+    bool             elsewhere;     /* no process of ours: the target of `agent forward` */
     struct up       *busy, *idle;   /* the last used first */
     size_t           idle_len;
     struct watch     reports;       /* from Node's shim; fd is -1 for any other program */
@@ -7875,6 +7905,7 @@ static struct up *upstream_connect(struct upstream *up)
         free(u);
         return NULL;
     }
+    u->conn.greets = up->address.kind == ADDRESS_HYBRID ? up->address.port : 0;
     u->of = up;
     up_reset(u);
     return u;
@@ -7887,7 +7918,7 @@ static void upstream_send(struct upstream *up, struct exchange *ex, struct up *u
 
     ex->backend = &nobody_backend;
     if (!u && !(u = upstream_connect(up))) {
-        if (errno == ECONNREFUSED)
+        if (errno == ECONNREFUSED || errno == ENOENT)
             upstream_refused(up, ex);
         else
             exchange_cancel_fail(ex, FAILURE_NO_MEMORY, "no connection to the program: %s", strerror(errno));
@@ -7959,6 +7990,10 @@ static void upstream_probe(struct watch *t)
 /* It listened once and does no more. */
 static void upstream_refused(struct upstream *up, struct exchange *ex)
 {
+    if (up->elsewhere) {
+        exchange_cancel_fail(ex, FAILURE_BAD_RESPONSE, "%s cannot be reached", up->address.text);
+        return;
+    }
     if (up->runner.state == RUNNER_READY && up->reports.fd < 0) {
         up->runner.state = RUNNER_STARTING;
         loop_after(up->runner.loop, &up->probe, UPSTREAM_PROBE_MS);
@@ -8083,6 +8118,17 @@ static const struct runner_kind upstream_kind = {
     .request = upstream_request, .deafen = upstream_deafen, .read_rest = upstream_read_rest,
     .fail_all = upstream_fail_all, .free = upstream_free,
 };
+
+/* One whose program somebody else runs; up->address is set. */
+static void upstream_init(struct upstream *up, struct loop *loop)
+{
+    up->elsewhere = true;
+    up->runner.kind = &upstream_kind;
+    up->runner.state = RUNNER_READY;
+    up->runner.loop = up->conns.loop = loop;
+    up->reports.fd = up->probe.fd = -1;
+    up->lost_timer = (struct watch){ .fd = -1, .on_deadline = lost_on_deadline };
+}
 
 /* The socket that Node's shim serves on, or -1 and errno. */
 static int upstream_listen(unsigned port)
@@ -10823,6 +10869,7 @@ struct http_server {
     struct conns   *conns;
     struct program *program;
     struct tls_keys **keys;         /* borrowed: those of connections to come */
+    struct upstream *target;        /* instead of a program: `agent forward` */
     struct listener listener;
 };
 
@@ -11543,7 +11590,12 @@ static void http_on_request(struct http *h)
     if (h->expects && has_body && h->parser.http_minor == 1)
         buf_add_text(&h->conn.out, "HTTP/1.1 100 Continue\r\n\r\n");
     h->ex.front = &http_front;
-    program_request(h->server->program, &h->ex);
+    if (h->server->target) {
+        exchange_start(&h->ex, h->server->loop, &nobody_backend);
+        upstream_request(&h->server->target->runner, &h->ex);
+    } else {
+        program_request(h->server->program, &h->ex);
+    }
 }
 
 static void http_read_head(struct http *h)
@@ -11790,32 +11842,12 @@ static void pump_move(struct pump *from, struct pump *to)
     }
 }
 
-/* Firecracker's answer to CONNECT: one line, OK and a number. */
-static void pump_on_handshake(struct pump *p)
-{
-    struct conn *c = &p->conn;
-    const char *end = c->in.len ? memchr(buf_at(&c->in), '\n', c->in.len) : NULL;
-
-    if (end && memcmp(buf_at(&c->in), "OK", 2) == 0) {
-        buf_drop(&c->in, (size_t)(end - buf_at(&c->in)) + 1);
-        p->up = true;
-    } else if (end || c->eof || c->in.len > 64) {
-        p->failed = end ? "refused" : "nobody listens on this port in the guest";
-        conn_close(c);
-    }
-}
-
 static void pump_on_input(struct conn *c)
 {
     struct pump *p = CONTAINER(c, struct pump, conn);
 
     if (!p->up) {
-        if (p->pumps->target.kind == ADDRESS_HYBRID)
-            pump_on_handshake(p);
-        else
-            p->up = true;
-        if (!p->up)
-            return;
+        p->up = true;
         c->in_max = 1;                  /* nothing more is read until it was handed over */
         pump_touch(p->peer);
         conn_soon(&p->peer->conn);
@@ -11894,8 +11926,7 @@ static void pump_connect(struct pump *near)
     far->is_far = true;
     far->peer = near;
     near->peer = far;
-    if (all->target.kind == ADDRESS_HYBRID)
-        buf_add_format(&far->conn.out, "CONNECT %u\n", all->target.port);
+    far->conn.greets = all->target.kind == ADDRESS_HYBRID ? all->target.port : 0;
     conn_after(&near->conn, limits.send_ms);
 }
 
@@ -12900,8 +12931,9 @@ static int call_main(int argc, char **argv)
     return rc;
 }
 
-/* ==== forward: one listener, one target, bytes both ways =========================
- * For the host: reach a guest's port from tools that know nothing of vsock. */
+/* ==== forward: one listener, one target ===========================================
+ * For the host: reach a guest's port from tools that know nothing of vsock. As a proxy that
+ * says for whom it speaks, or by bytes that it does not look at. */
 static void forward_on_failed(struct pump *near, const char *why)
 {
     fprintf(stderr, "agent: %s: %s\n", near->pumps->target.text, why);
@@ -12915,32 +12947,46 @@ static void forward_on_accept(struct listener *l, int fd)
         pump_connect(near);
 }
 
+static const char forward_usage[] =
+    "usage: agent forward [--raw] LISTEN TARGET\n"
+    "\n"
+    "A proxy for HTTP/1.1 from LISTEN to TARGET, which tells of the client in X-Forwarded-For, -Proto and\n"
+    "-Host. After LISTEN,trust=all or LISTEN,trust=NETWORK,... such fields of clients are passed on;\n"
+    "those of TCP clients are not otherwise. With --raw it carries whatever bytes come.\n"
+    "Both are ";
+
 static int forward_main(int argc, char **argv)
 {
+    static struct upstream target;
     struct loop loop;
     struct conns conns = { .loop = &loop };
     struct pumps pumps = { .conns = &conns, .on_failed = forward_on_failed };
-    struct listener listener = { .all = &conns, .on_accept = forward_on_accept, .arg = &pumps };
+    struct http_server server = { .loop = &loop, .conns = &conns, .target = &target };
+    bool raw = argc > 1 && strcmp(argv[1], "--raw") == 0;
+    const char *listen = argc > 1 + raw ? argv[1 + raw] : "", *to = argc > 2 + raw ? argv[2 + raw] : "";
+    struct listener *l = &server.listener;
 
-    if (argc != 3 || strcmp(argv[1], "--help") == 0) {
-        fputs("usage: agent forward LISTEN TARGET\n"
-              "\n"
-              "Carries bytes between each connection to LISTEN and a new one to TARGET.\n"
-              "Both are ", stderr);
-        fprintf(stderr, "%s.\n"
-              "\n"
-              "  agent forward tcp:127.0.0.1:8080 hybrid:v.sock:80     a guest's port 80 on this machine\n",
-              address_forms);
-        return argc > 1 && strcmp(argv[1], "--help") == 0 ? EXIT_OK : EXIT_USAGE;
+    if (argc != 3 + raw) {
+        fprintf(stderr, "%s%s.\n"
+                "\n"
+                "  agent forward tcp:127.0.0.1:8080 hybrid:v.sock:80     a guest's port 80 on this machine\n",
+                forward_usage, address_forms);
+        return strcmp(listen, "--help") == 0 ? EXIT_OK : EXIT_USAGE;
     }
-    if (!address_parse(&listener.address, argv[1]) || listener.address.kind == ADDRESS_HYBRID)
-        die("cannot listen on %s: expected %s", argv[1], address_forms);
-    if (!address_parse(&pumps.target, argv[2]) || pumps.target.kind == ADDRESS_FD || pumps.target.kind == ADDRESS_VSOCK)
-        die("cannot connect to %s: expected unix:, tcp: or hybrid:", argv[2]);
+    if (!address_parse(&l->address, listen) || l->address.kind == ADDRESS_HYBRID)
+        die("cannot listen on %s: expected %s", listen, address_forms);
+    if (!address_parse(&pumps.target, to) || pumps.target.kind == ADDRESS_FD || pumps.target.kind == ADDRESS_VSOCK)
+        die("cannot connect to %s: expected unix:, tcp: or hybrid:", to);
     signal(SIGPIPE, SIG_IGN);
-    if (loop_init(&loop) < 0 || listener_open(&listener) < 0)
-        die("%s: %s", argv[1], strerror(errno));
-    listener_start(&listener);
+    if (loop_init(&loop) < 0)
+        die("%s", strerror(errno));
+    upstream_init(&target, &loop);
+    target.address = pumps.target;
+    if (raw)
+        *l = (struct listener){ .all = &conns, .address = l->address, .on_accept = forward_on_accept, .arg = &pumps };
+    if ((raw ? listener_open(l) : http_open(&server)) < 0)
+        die("%s: %s", listen, strerror(errno));
+    listener_start(l);
     loop_run(&loop);
     return EXIT_OK;
 }
@@ -14104,7 +14150,7 @@ static const char usage[] =
     "  agent call SOCKET event JSON                     send it an event\n"
     "  agent call SOCKET shell COMMAND                  run a command in the guest\n"
     "  agent call SOCKET halt                           stop the guest\n"
-    "  agent forward LISTEN TARGET                      reach a guest's port by TCP\n"
+    "  agent forward [--raw] LISTEN TARGET              reach a guest's HTTP, or any port, by TCP\n"
     "\n"
     "  agent init --listen ADDRESS --ready ADDRESS      init in a sandbox, for tests\n"
     "\n"

@@ -161,6 +161,7 @@ enum frame_type {
 #define WORKER_FRAME_MAX    (256 << 10)     /* payload of one frame from a worker */
 #define CONF_PREFIX_MAX     9               /* digits of the configuration's length */
 #define CONN_READ_BYTES     (64 << 10)      /* one read, and room kept in an input buffer */
+#define CONN_GREETING_MAX   64              /* the answer to CONNECT on a hybrid socket */
 #define CONN_OUT_HIGH       (128 << 10)     /* past this a client is slow: the program waits */
 #define ALEPH_TAIL_BYTES    64              /* room for a reply's last keys, without their values */
 #define SSH_KEY_MAX         16384           /* bytes of one SSH key */

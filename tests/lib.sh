@@ -236,7 +236,7 @@ new_folder() {
 # The program's HTTP as a Unix socket, from port 80 of the guest.
 start_forward() {
     HTTP=$GUEST/http.sock
-    spawn "$GUEST/forward.log" "$AGENT" forward "unix:$HTTP" "hybrid:$SOCK:80"
+    spawn "$GUEST/forward.log" "$AGENT" forward --raw "unix:$HTTP" "hybrid:$SOCK:80"
     HTTP_PID=$SPAWNED
 }
 

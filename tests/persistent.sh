@@ -79,7 +79,7 @@ check_match 'machine: an address that setup gives' '"b c"' "$(ask 10.0.2.15 8081
 
 # Its program's port is one of its own: 8080 is the machine's.
 shell 'setsid -f /usr/sbin/init run --listen vsock:81 --wire vsock:54 --env A=2 /opt/code server.py >/tmp/run.log 2>&1; sleep 1'
-spawn "$GUEST/forward81.log" "$AGENT" forward "unix:$GUEST/81.sock" "hybrid:$SOCK:81"
+spawn "$GUEST/forward81.log" "$AGENT" forward --raw "unix:$GUEST/81.sock" "hybrid:$SOCK:81"
 HTTP=$GUEST/81.sock
 check 'instance: a process serves vsock' wait_for 60 serves
 serves || shell 'cat /tmp/run.log'
