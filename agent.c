@@ -5452,8 +5452,9 @@ static void conn_drained(struct conn *c)
     loop_after(c->all->loop, &c->watch, limits.linger_ms);
 }
 
-/* Brings the state up to date with what the protocol left behind. */
-static void conn_settle(struct conn *c)
+/* Brings the state up to date with what the protocol left behind. Input that nobody takes now is
+ * watched on until some comes (`unread`): most pauses end before, and cost no system call so. */
+static void conn_settle(struct conn *c, bool unread)
 {
     if (c->state != CONN_DEAD && c->state >= CONN_OPEN && (c->out.len > 0 || c->out.failed))
         conn_flush(c);
@@ -5468,7 +5469,10 @@ static void conn_settle(struct conn *c)
         conn_close(c);
         return;
     }
-    if (loop_want(c->all->loop, &c->watch, waits ? 0 : conn_interest(c)) < 0)
+    uint32_t want = waits ? 0 : conn_interest(c);
+    if (want && !unread && c->watch.events == (want | EPOLLIN))
+        return;
+    if (loop_want(c->all->loop, &c->watch, want) < 0)
         conn_close(c);
 }
 
@@ -5559,7 +5563,7 @@ static void conn_on_event(struct watch *w, uint32_t events)
         conn_close(c);
     if (c->state == CONN_OPEN)
         c->proto->on_input(c);
-    conn_settle(c);
+    conn_settle(c, !wants && events & EPOLLIN);
 }
 
 static void conn_on_deadline(struct watch *w)
@@ -5571,7 +5575,7 @@ static void conn_on_deadline(struct watch *w)
         conn_close(c);
     } else if (c->state <= CONN_OPEN) {
         c->proto->on_deadline(c);
-        conn_settle(c);
+        conn_settle(c, false);
     } else {
         conn_close(c);
     }
