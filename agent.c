@@ -11653,9 +11653,10 @@ static void http_read_body(struct http *h)
 static void http_read_tunnel(struct http *h)
 {
     struct conn *c = &h->conn;
-    size_t room = exchange_room(&h->ex), n = room < c->in.len ? room : c->in.len;
+    size_t room;
 
-    if (n > 0) {
+    while (c->in.len > 0 && (room = exchange_room(&h->ex)) > 0) {      /* a WebSocket asks for less than it has room for */
+        size_t n = room < c->in.len ? room : c->in.len;
         exchange_body(&h->ex, (struct span){ buf_at(&c->in), n }, false);
         buf_drop(&c->in, n);
     }

@@ -167,6 +167,9 @@ def group_frames():
             payload = random.Random(size).randbytes(size)
             ws.send(BINARY, payload)
             expect("binary: %d bytes come back" % size, ws.message() == (BINARY, payload))
+        for _ in range(10):             # a stall would end with a ping
+            ws.send(BINARY, bytes(1000000))
+            expect("binary: 1,000,000 bytes come back at once", ws.message() == (BINARY, bytes(1000000)))
         text = "h\u00e9 \u20ac \U0001f600".encode()
         ws.send(TEXT, text)
         equal("text comes back", (TEXT, text), ws.message())

@@ -5,6 +5,17 @@ import os
 import struct
 
 log = []
+BROWSER = b"""<!doctype html><p id=result></p><script>
+const say = (text) => result.textContent += text + " ";
+const ws = new WebSocket(`ws://${location.host}/echo`);
+ws.binaryType = "arraybuffer";
+ws.onopen = () => ws.send("text");
+ws.onmessage = ({ data }) => {
+    if (typeof data == "string") return say(data), ws.send(new Uint8Array(1 << 24));
+    say("binary" + data.byteLength);
+    new WebSocket(`ws://${location.host}/bye?4000`).onclose = ({ code }) => say("code" + code);
+};
+</script>"""
 
 
 async def echo(receive, send):
@@ -20,7 +31,7 @@ async def echo(receive, send):
 
 async def app(scope, receive, send):
     if scope["type"] == "http":
-        body = json.dumps(log).encode() if scope["path"] == "/log" else b"hello"
+        body = json.dumps(log).encode() if scope["path"] == "/log" else BROWSER if scope["path"] == "/browser" else b"hello"
         if scope["path"] == "/clear":
             log.clear()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})

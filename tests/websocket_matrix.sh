@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# WebSockets, Full matrix: 10,000 idle ones, frameworks as Debian packages them, a browser, and
+# a real guest over its vsock.
+. "$(dirname "$0")/lib.sh"
+
+need chromium python3-websockets python3-fastapi python3-quart python3-starlette >&2
+ulimit -n "$(ulimit -Hn)"
+GOOD=(http /)
+
+raw() {
+    checks_from env SANITIZED="$SANITIZED" PYTHONDONTWRITEBYTECODE=1 timeout 200 \
+        "$PYTHON" "$TESTS/websocket_raw.py" "$HTTP" "$CONSOLE" "$PID1" "$1"
+}
+
+ns_start --limit websocket_ping_ms=3600000
+configure "$APPS/websocket" main:app
+MANY=10000 raw many
+halted() { timeout 30 "$PYTHON" "$TESTS/websocket_halt.py" "$HTTP"; }
+halted >"$T/halted" 2>&1 &
+wait_for 10 test -s "$T/halted" || true
+check 'halt: halts with a WebSocket open' halt
+wait $! || true
+check_match 'halt: it is closed with 1012' '^1012$' "$(cat "$T/halted")"
+
+boot
+check 'guest: configured' configure "$APPS/websocket" main:app
+checks_from env PYTHONDONTWRITEBYTECODE=1 timeout 200 \
+    "$PYTHON" "$TESTS/websocket_raw.py" "$HTTP" "$CONSOLE" $$ handshakes
+
+# serve ENTRYPOINT
+serve() {
+    URL=127.0.0.1:$((20000 + RANDOM % 10000))
+    spawn "$T/run.log" "$AGENT" run --listen "tcp:$URL" "$APPS/websocket" "$1"
+    wait_for 20 curl -s -o /dev/null "http://$URL/" || fail "$1: serves" "$(cat "$T/run.log")"
+}
+
+for framework in starlette fastapi quart; do
+    serve "frameworks:$framework"
+    checks_from "$PYTHON" "$TESTS/websocket_clients.py" "$framework" "ws://$URL"
+    unspawn "$SPAWNED"
+done
+
+serve main:app
+timeout 60 chromium --headless --no-sandbox --disable-gpu --user-data-dir="$T/chromium" --virtual-time-budget=20000 \
+    --dump-dom "http://$URL/browser" >"$T/dom" 2>"$T/chromium.log" || true
+check_match 'chromium: text, binary, the code of a close' 'text binary16777216 code4000' "$(cat "$T/dom")"
+unspawn "$SPAWNED"
