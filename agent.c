@@ -4779,11 +4779,6 @@ static void output_fini(struct output *o)
  * (vendor/mbedtls_config.h). No session outlives its connection: there are no tickets, whose keys
  * the clones of a guest would share. The keys belong to all connections that began with them; new
  * files make new keys. */
-#define TLS_FILE_MAX        (1 << 20)       /* a file of certificates or a key */
-#define TLS_CA_LIST_MAX     4096            /* names of authorities that clients are told of */
-#define TLS_SUBJECT_MAX     1024            /* a client's subject in a field */
-#define TLS_STEPS_PER_TURN  8               /* of handshakes: one may cost 2 ms, an RSA signature of 2048 bits */
-
 struct tls_keys {
     unsigned           users;               /* connections, and who has loaded it */
     mbedtls_ssl_config config;
@@ -5533,9 +5528,11 @@ static void conn_handshake(struct conn *c)
     all->turn = all->loop->turn;
     if (all->steps > TLS_STEPS_PER_TURN)
         return;
-    int rc = tls_handshake(c->tls);
-    if (rc > 0)
+    int rc = tls_handshake(c->tls), on = 1;
+    if (rc > 0) {                   /* its request may wait for our ACK, which has nothing to go with: tcp(7) */
+        setsockopt(c->watch.fd, IPPROTO_TCP, TCP_QUICKACK, &on, sizeof on);
         c->state = CONN_OPEN;
+    }
     c->linger = rc < 0;             /* so that it can read the alert */
     if (rc < 0)
         conn_finish(c);
@@ -14117,6 +14114,7 @@ static int run_main(int argc, char **argv)
     struct buf why = { 0 };
     if (agent_load_tls(&a, &why) < 0) {
         fprintf(stderr, "agent run: %s\n", buf_text(&why));
+        buf_fini(&why);
         return EXIT_USAGE;
     }
     run_descriptors();

@@ -131,7 +131,7 @@ enum frame_type {
     X(program_memory_percent, 95,     1,       100,     "part of the memory available at boot that the program may use") \
     X(program_pids_percent, 75,       1,       100,     "part of the kernel's processes and threads that the program may start") \
     /* times */ \
-    X(silent_ms,          30000,      100,     3600000, "a connection's first byte") \
+    X(silent_ms,          30000,      100,     3600000, "a connection's first byte, its TLS handshake before that") \
     X(head_ms,            30000,      100,     3600000, "the rest of a request head or instruction") \
     X(idle_ms,            75000,      100,     3600000, "between requests of one connection") \
     X(body_ms,            60000,      100,     3600000, "silence inside a request body") \
@@ -157,6 +157,10 @@ enum frame_type {
     X(backoff_max_ms,     10000,      1,       600000,  "longest wait before a restart")
 
 /* Not to be set: sizes of our own buffers and what the wire fixes. */
+#define TLS_FILE_MAX        (1 << 20)       /* a file of certificates or a key */
+#define TLS_CA_LIST_MAX     4096            /* names of authorities that clients are told of */
+#define TLS_SUBJECT_MAX     1024            /* a client's subject in a field */
+#define TLS_STEPS_PER_TURN  4               /* of handshakes: with an RSA key of 2048 bits one takes 6 ms */
 #define WORKER_CREDIT       (64 << 10)      /* body bytes under way per stream and direction */
 #define WORKER_FRAME_MAX    (256 << 10)     /* payload of one frame from a worker */
 #define CONF_PREFIX_MAX     9               /* digits of the configuration's length */
