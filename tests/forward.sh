@@ -64,6 +64,25 @@ check_eq 'forward: a socket that is not there' 502 "$(get "http://127.0.0.1:$((P
 refused 'forward: a wrong address' 1 'cannot listen on tcp:1' "$AGENT" forward tcp:1 "unix:$T/app"
 refused 'forward: too few words' 2 'usage: agent forward' "$AGENT" forward --raw "unix:$T/x"
 
+cat >"$T/websocket.py" <<'END'
+import socket, sys
+s = socket.create_connection(("127.0.0.1", int(sys.argv[1])), 20)
+s.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+          b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+seen = b""
+while not seen.endswith(b"\r\n\r\n"):
+    seen += s.recv(1)
+s.sendall(b"\x81\x85\0\0\0\0hello")
+print(seen[:12].decode(), s.recv(7))
+s.sendall(b"\x88\x82\0\0\0\0\x03\xe8")
+print(b"".join(iter(lambda: s.recv(9), b"")))
+END
+spawn "$T/websocket.log" "$AGENT" run --listen "unix:$T/websocket" "$APPS/websocket" main:app
+spawn "$T/upgrades.log" "$AGENT" forward "tcp:127.0.0.1:$((PORT + 7))" "unix:$T/websocket"
+wait_for 20 test -S "$T/websocket"
+check_eq 'forward: a WebSocket, its echo and its end' "HTTP/1.1 101 b'\x81\x05hello' b'\x88\x02\x03\xe8'" \
+    "$("$PYTHON" "$T/websocket.py" $((PORT + 7)) 2>&1 | xargs -d '\n')"
+
 # ---- behind others -----------------------------------------------------------------------------
 
 # example TITLE: the lines of the README's example after the line that ends so, with ports of ours.
