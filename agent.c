@@ -383,6 +383,7 @@ struct span {
     size_t      n;
 };
 
+#define INLINE static inline __attribute__((always_inline))
 #define SPAN(literal) ((struct span){ literal, sizeof literal - 1 })
 
 static struct span span_of(const char *text)
@@ -390,12 +391,13 @@ static struct span span_of(const char *text)
     return (struct span){ text, text ? strlen(text) : 0 };
 }
 
-static bool span_eq(struct span s, const char *text)
+/* Inline: the length of a literal is known where it is compared, and most lengths differ. */
+INLINE bool span_eq(struct span s, const char *text)
 {
     return s.n == strlen(text) && memcmp(s.p, text, s.n) == 0;
 }
 
-static bool span_eq_nocase(struct span s, const char *text)
+INLINE bool span_eq_nocase(struct span s, const char *text)
 {
     return s.n == strlen(text) && strncasecmp(s.p, text, s.n) == 0;
 }
@@ -417,10 +419,12 @@ static char *span_dup(struct span s)
 struct buf {
     char  *data;
     size_t start, len, cap;     /* the bytes are data[start .. start + len) */
+    size_t keep;                /* memory to keep while empty, if more than BUF_KEEP_BYTES */
     bool   failed;
 };
 
 #define BUF_KEEP_BYTES  (1 << 10)       /* an empty buf gives back more than this */
+#define BUF_PASS_BYTES  (8 << 10)       /* from here on a system call is cheaper than a copy */
 
 static void buf_fini(struct buf *b)
 {
@@ -474,7 +478,8 @@ static int buf_add(struct buf *b, const void *p, size_t n)
 {
     if (n == 0)
         return b->failed ? -1 : 0;
-    char *to = buf_room(b, n);
+    bool fits = !b->failed && b->cap - b->start - b->len >= n;
+    char *to = fits ? b->data + b->start + b->len : buf_room(b, n);
     if (!to)
         return -1;
     memcpy(to, p, n);
@@ -517,8 +522,27 @@ static void buf_drop(struct buf *b, size_t n)
     if (b->len > 0)
         return;
     b->start = 0;
-    if (b->cap > BUF_KEEP_BYTES)
-        buf_fini(b);
+    if (b->cap > BUF_KEEP_BYTES && b->cap > b->keep) {
+        free(b->data);
+        *b = (struct buf){ .keep = b->keep };
+    }
+}
+
+/* Sends `out` and then long data to a socket, without a copy of it; what the socket does not
+ * take now is added. Errors show at the next send. */
+static void buf_pass(struct buf *out, int fd, struct span data)
+{
+    struct iovec iov[2] = { { (char *)(uintptr_t)buf_at(out), out->len }, { (char *)(uintptr_t)data.p, data.n } };
+    struct msghdr m = { .msg_iov = iov, .msg_iovlen = 2 };
+    size_t before = out->len;
+
+    if (data.n >= BUF_PASS_BYTES && !out->failed) {
+        ssize_t n = sendmsg(fd, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
+        size_t sent = n < 0 ? 0 : (size_t)n, old = sent < before ? sent : before;
+        buf_drop(out, old);
+        data = (struct span){ data.p + (sent - old), data.n - (sent - old) };
+    }
+    buf_add_span(out, data);
 }
 
 /* Keeps the last `most` bytes: the tail of an output. */
@@ -836,6 +860,12 @@ static bool utf8_ok(struct span s)
 /* Adds s as UTF-8, each byte that is none as U+FFFD. */
 static void utf8_add(struct buf *out, struct span s)
 {
+    size_t plain = 0;
+
+    while (plain < s.n && (unsigned char)s.p[plain] < 0x80)
+        plain++;
+    buf_add(out, s.p, plain);
+    s = (struct span){ s.p + plain, s.n - plain };
     while (s.n > 0) {
         size_t step = utf8_step(s.p, s.n);
         if (step > 0)
@@ -890,6 +920,10 @@ static int percent_value(struct span s)
 
 static void percent_decode(struct buf *out, struct span s)
 {
+    if (s.n == 0 || !memchr(s.p, '%', s.n)) {
+        buf_add_span(out, s);
+        return;
+    }
     for (size_t i = 0; i < s.n; i++) {
         int c = percent_value((struct span){ s.p + i, s.n - i });
         buf_add_byte(out, (unsigned char)(c < 0 ? s.p[i] : c));
@@ -5289,7 +5323,9 @@ struct proto {
     void (*on_deadline)(struct conn *);
     void (*on_close)(struct conn *);        /* gives up everything that hangs from it */
     void (*on_free)(struct conn *);         /* frees the struct that holds it */
+    size_t (*room)(struct conn *);          /* how much to read now; NULL: CONN_READ_BYTES. 0 pauses */
     bool reads_to_end;                      /* also from a peer that has gone, however long it takes */
+    bool reads_in_place;                    /* on_input only looks at `in` and drops from it */
 };
 
 struct conns {
@@ -5406,12 +5442,27 @@ static void conn_half_closed(struct conn *c)
     }
 }
 
-/* One read of at most CONN_READ_BYTES. */
-static void conn_read(struct conn *c)
+static char conn_bytes[CONN_READ_BYTES];    /* what was read last */
+
+/* `in` has looked at conn_bytes: what is left of them is kept. */
+static void conn_keep(struct conn *c)
 {
-    static char bytes[CONN_READ_BYTES];
+    if (c->in.data != conn_bytes)
+        return;
+    struct span rest = buf_span(&c->in);
+    c->in = (struct buf){ 0 };
+    if (buf_add_span(&c->in, rest) < 0) {
+        log_info("%s: no memory for input, closed", c->proto->name);
+        conn_close(c);
+    }
+}
+
+/* One read of at most `most` bytes, which is no more than CONN_READ_BYTES. */
+static void conn_read(struct conn *c, size_t most)
+{
+    char *bytes = conn_bytes;
     bool tls = c->tls && c->state == CONN_OPEN;
-    ssize_t n = tls ? tls_read(c->tls, bytes, sizeof bytes) : SYS_READ(c->watch.fd, bytes, sizeof bytes);
+    ssize_t n = tls ? tls_read(c->tls, bytes, sizeof conn_bytes) : SYS_READ(c->watch.fd, bytes, most);
 
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return;
@@ -5424,6 +5475,11 @@ static void conn_read(struct conn *c)
     if (c->state != CONN_OPEN)      /* nobody will parse it */
         return;
     c->eof = tls && c->tls->end != 0;
+    if (c->proto->reads_in_place && c->in.len == 0) {
+        buf_fini(&c->in);
+        c->in = (struct buf){ .data = bytes, .len = (size_t)n };
+        return;
+    }
     if (buf_add(&c->in, bytes, (size_t)n) < 0) {
         log_info("%s: no memory for input, closed", c->proto->name);
         conn_close(c);
@@ -5438,7 +5494,7 @@ static void conn_drained(struct conn *c)
         return;
     if (!c->linger || c->eof) {
         if (!c->eof)
-            conn_read(c);           /* closing over unread bytes is a reset too */
+            conn_read(c, CONN_READ_BYTES);      /* closing over unread bytes is a reset too */
         conn_close(c);
         return;
     }
@@ -5469,6 +5525,15 @@ static void conn_settle(struct conn *c, bool unread)
         return;
     if (loop_want(c->all->loop, &c->watch, want) < 0)
         conn_close(c);
+}
+
+/* Adds to `out`, or sends at once what is long. */
+static void conn_pass(struct conn *c, struct span data)
+{
+    if (c->state == CONN_OPEN && !c->gone && !c->tls)
+        buf_pass(&c->out, c->watch.fd, data);
+    else
+        buf_add_span(&c->out, data);
 }
 
 /* Lets what stands in out go, then closes. */
@@ -5554,12 +5619,18 @@ static void conn_on_event(struct watch *w, uint32_t events)
         conn_half_closed(c);
     bool wants = c->state == CONN_LINGERING
               || (c->state == CONN_OPEN && !c->eof && !c->paused && c->in.len < c->in_max);
+    size_t most = CONN_READ_BYTES;
+    if (wants && events & EPOLLIN && c->proto->room && c->state == CONN_OPEN)
+        most = c->proto->room(c);
+    c->paused |= most == 0;
+    wants = wants && most > 0;
     if (wants && events & (EPOLLIN | EPOLLHUP | EPOLLERR))
-        conn_read(c);
+        conn_read(c, most < CONN_READ_BYTES ? most : CONN_READ_BYTES);
     if (c->state == CONN_LINGERING && c->eof)
         conn_close(c);
     if (c->state == CONN_OPEN)
         c->proto->on_input(c);
+    conn_keep(c);
     conn_settle(c, !wants && events & EPOLLIN);
 }
 
@@ -5768,6 +5839,7 @@ struct response_head {
     struct span fields;             /* name NUL value NUL …; hop-by-hop ones still among them */
     unsigned    fields_count;
     int64_t     content_length;     /* -1: none given */
+    bool        has_connection;     /* a field Connection, which may name others */
 };
 
 struct exchange;
@@ -5837,22 +5909,22 @@ static bool field_is_subject(struct span name)
 
 static bool field_is_hop_by_hop(struct span name)      /* RFC 9110 section 7.6.1 */
 {
-    static const char *const names[] = { "connection", "keep-alive", "proxy-connection",
-        "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade" };
-
-    for (size_t i = 0; i < COUNT(names); i++)
-        if (span_eq_nocase(name, names[i]))
-            return true;
-    return false;
+    return span_eq_nocase(name, "connection") || span_eq_nocase(name, "keep-alive")
+        || span_eq_nocase(name, "proxy-connection") || span_eq_nocase(name, "proxy-authenticate")
+        || span_eq_nocase(name, "proxy-authorization") || span_eq_nocase(name, "te")
+        || span_eq_nocase(name, "trailer") || span_eq_nocase(name, "transfer-encoding")
+        || span_eq_nocase(name, "upgrade");
 }
 
 static bool field_name_ok(struct span s)                /* token, RFC 9110 section 5.6.2 */
 {
-    for (size_t i = 0; i < s.n; i++) {
-        unsigned char c = (unsigned char)s.p[i];
-        if (c >= 0x80 || !c || (!isalnum(c) && !strchr("!#$%&'*+-.^_`|~", c)))
+    static const bool ok[256] = { ['0' ... '9'] = true, ['A' ... 'Z'] = true, ['a' ... 'z'] = true, ['!'] = true,
+        ['#' ... '\''] = true, ['*'] = true, ['+'] = true, ['-'] = true, ['.'] = true, ['^' ... '`'] = true,
+        ['|'] = true, ['~'] = true };
+
+    for (size_t i = 0; i < s.n; i++)
+        if (!ok[(unsigned char)s.p[i]])
             return false;
-    }
     return s.n > 0;
 }
 
@@ -5914,13 +5986,13 @@ static bool field_is_named_in(struct span connection, struct span name)
     return false;
 }
 
-/* Whether a field of a message goes no further than the connection that it came by. */
-static bool field_is_dropped(struct span fields, struct span name)
+/* Whether a field of a response goes no further than the connection that it came by. */
+static bool field_is_dropped(const struct response_head *h, struct span name)
 {
-    struct span field, value;
+    struct span fields = h->fields, field, value;
 
-    if (field_is_hop_by_hop(name))
-        return true;
+    if (field_is_hop_by_hop(name) || !h->has_connection)
+        return field_is_hop_by_hop(name);
     while (field_next(&fields, &field, &value))
         if (span_eq_nocase(field, "connection") && field_is_named_in(value, name))
             return true;
@@ -5987,6 +6059,7 @@ static const char *response_head_check(struct response_head *h, bool may_upgrade
             return "a field whose name is no token";
         if (!field_value_ok(value))
             return "a field with CR, LF or another control byte in its value";
+        h->has_connection |= span_eq_nocase(name, "connection");
         if (!span_eq_nocase(name, "content-length"))
             continue;
         if (!number_read(value, 0, INT64_MAX, &length)
@@ -6442,6 +6515,7 @@ static struct websocket *websocket_open(struct exchange *ex, const char *accept,
     };
     struct websocket *ws = calloc(1, sizeof *ws);
     struct response_head h = { .status = 101, .fields_count = 3 };
+    const struct response_head given = { .fields = fields, .has_connection = true };
     struct span rest = fields, name, value;
     struct buf all = { 0 };
 
@@ -6461,7 +6535,7 @@ static struct websocket *websocket_open(struct exchange *ex, const char *accept,
     buf_add(&all, "upgrade\0websocket\0connection\0Upgrade\0sec-websocket-accept", 58);
     buf_add(&all, accept, WEBSOCKET_ACCEPT_CHARS + 1);
     while (field_next(&rest, &name, &value))
-        if (!field_is_dropped(fields, name) && !span_eq_nocase(name, "content-length")
+        if (!field_is_dropped(&given, name) && !span_eq_nocase(name, "content-length")
             && !span_eq_nocase(name, "sec-websocket-accept") && !span_eq_nocase(name, "sec-websocket-extensions")) {
             buf_add(&all, name.p, name.n + value.n + 2);
             h.fields_count++;
@@ -6606,7 +6680,7 @@ EMBED(shim_worker, "out/shims/worker.py.gz");
 
 #define WORKER_SHIM     "worker.py"
 #define WORKER_STREAMS  256         /* buckets; streams are numbered in turn */
-#define WORKER_OUT_HIGH (1 << 20)   /* past this no more of any request body is taken */
+#define WORKER_OUT_HIGH (64 << 10)   /* past this no more of any request body is taken */
 #define WORKER_OUT_MAX  (16 << 20)  /* past this no more requests are */
 
 struct stream {
@@ -6615,6 +6689,7 @@ struct stream {
     struct worker   *worker;
     int64_t          send_credit;   /* body bytes that we may send */
     int64_t          recv_credit;   /* body bytes that the worker may send */
+    size_t           owed;          /* credit that it has not been told of */
     bool             is_event, head_seen, body_sent;
     char             accept[WEBSOCKET_ACCEPT_CHARS + 1];    /* of a WebSocket's handshake, or "" */
     struct websocket *ws;           /* once the program has accepted it, while `ex` is there */
@@ -6627,6 +6702,8 @@ struct worker {
     struct buf     in, out;
     struct stream *streams[WORKER_STREAMS];
     uint32_t       next_id;
+    uint32_t       body_id, body_left;  /* of a body's frame that has come in part */
+    unsigned       body_flags;
     bool           choked;          /* a body waits for `out` to get shorter */
 };
 
@@ -6654,8 +6731,10 @@ static void marshal_bytes(struct buf *out, struct span s)
 static void marshal_lower(struct buf *out, struct span s)
 {
     marshal_u32(out, 's', (uint32_t)s.n);
-    for (size_t i = 0; i < s.n; i++)
-        buf_add_byte(out, (unsigned char)tolower((unsigned char)s.p[i]));
+    char *to = buf_room(out, s.n);
+    for (size_t i = 0; to && i < s.n; i++)
+        to[i] = (char)(s.p[i] >= 'A' && s.p[i] <= 'Z' ? s.p[i] | 0x20 : s.p[i]);
+    buf_added(out, to ? s.n : 0);
 }
 
 /* The text must be UTF-8. */
@@ -6810,8 +6889,11 @@ static void frame_end(struct worker *w, size_t at, uint32_t stream, enum frame_t
 static void frame_send(struct worker *w, uint32_t stream, enum frame_type type, unsigned flags, struct span payload)
 {
     size_t at = frame_begin(w);
-    buf_add_span(&w->out, payload);
-    frame_end(w, at, stream, type, flags);
+
+    if (!w->out.failed)
+        frame_head(w->out.data + w->out.start + at, (uint32_t)payload.n, stream, type, flags);
+    buf_pass(&w->out, w->channel.fd, payload);
+    loop_soon(w->runner.loop, &w->channel);
 }
 
 static void frame_window(struct worker *w, uint32_t stream, size_t bytes)
@@ -6883,8 +6965,11 @@ static void stream_give(void *stream, size_t n)
 {
     struct stream *s = stream;
 
-    s->recv_credit += (int64_t)n;
-    frame_window(s->worker, s->id, n);
+    if ((s->owed += n) < WORKER_CREDIT / 2)     /* a short response needs none of it back */
+        return;
+    s->recv_credit += (int64_t)s->owed;
+    frame_window(s->worker, s->id, s->owed);
+    s->owed = 0;
 }
 
 static void stream_consumed(struct exchange *ex, size_t n)
@@ -7124,27 +7209,66 @@ static void worker_on_self(struct worker *w, unsigned type, struct span payload)
     }
 }
 
-/* Takes whole frames from w->in. */
+/* Hands on what is here of a body's frame, as a frame of its own. */
+static size_t worker_take_body(struct worker *w, struct span in)
+{
+    size_t n = in.n < w->body_left ? in.n : w->body_left;
+
+    w->body_left -= (uint32_t)n;
+    worker_on_stream(w, w->body_id, FRAME_RESPONSE_BODY, w->body_left ? 0 : w->body_flags, (struct span){ in.p, n });
+    return n;
+}
+
+/* Takes one frame from the front, or of a long body what has come. 0: it is not whole. */
+static size_t worker_take(struct worker *w, struct span in)
+{
+    if (w->body_left > 0)
+        return worker_take_body(w, in);
+    if (in.n < FRAME_HEADER_BYTES)
+        return 0;
+    uint32_t length = frame_u32(in.p), id = frame_u32(in.p + 4);
+    unsigned type = (unsigned char)in.p[8], flags = (unsigned char)in.p[9];
+    struct span rest = { in.p + FRAME_HEADER_BYTES, in.n - FRAME_HEADER_BYTES };
+
+    if (length > WORKER_FRAME_MAX || in.p[10] || in.p[11] || flags & ~(unsigned)FRAME_END) {
+        runner_break(&w->runner, "it sent a malformed frame (%u bytes of type %u)", length, type);
+        return 0;
+    }
+    if (rest.n < length && type == FRAME_RESPONSE_BODY && id != 0) {
+        const struct stream *s = *stream_find(w, id);
+        if (s && s->recv_credit < (int64_t)length) {    /* what it gets back meanwhile does not count */
+            runner_break(&w->runner, "it sent more of a body than it had credit for");
+            return 0;
+        }
+        w->body_id = id;
+        w->body_left = length;
+        w->body_flags = flags;
+        return FRAME_HEADER_BYTES;
+    }
+    if (rest.n < length)
+        return 0;
+    rest.n = length;
+    if (id == 0)
+        worker_on_self(w, type, rest);
+    else
+        worker_on_stream(w, id, type, flags, rest);
+    return FRAME_HEADER_BYTES + length;
+}
+
+/* Takes what is whole; how many bytes that was. */
+static size_t worker_take_all(struct worker *w, struct span in)
+{
+    size_t used = 0, n;
+
+    while (used < in.n && w->runner.state != RUNNER_BROKEN
+           && (n = worker_take(w, (struct span){ in.p + used, in.n - used })) > 0)
+        used += n;
+    return used;
+}
+
 static void worker_parse(struct worker *w)
 {
-    while (w->in.len >= FRAME_HEADER_BYTES && w->runner.state != RUNNER_BROKEN) {
-        const char *p = buf_at(&w->in);
-        uint32_t length = frame_u32(p), id = frame_u32(p + 4);
-        unsigned type = (unsigned char)p[8], flags = (unsigned char)p[9];
-
-        if (length > WORKER_FRAME_MAX || p[10] || p[11] || flags & ~(unsigned)FRAME_END) {
-            runner_break(&w->runner, "it sent a malformed frame (%u bytes of type %u)", length, type);
-            return;
-        }
-        if (w->in.len < FRAME_HEADER_BYTES + length)
-            return;
-        struct span payload = { p + FRAME_HEADER_BYTES, length };
-        if (id == 0)
-            worker_on_self(w, type, payload);
-        else
-            worker_on_stream(w, id, type, flags, payload);
-        buf_drop(&w->in, FRAME_HEADER_BYTES + length);
-    }
+    buf_drop(&w->in, worker_take_all(w, buf_span(&w->in)));
 }
 
 /* A process that ends closes its channel first and is reaped a moment later: how it ended
@@ -7161,25 +7285,27 @@ static void worker_on_deadline(struct watch *watch)
     runner_break(&CONTAINER(watch, struct worker, channel)->runner, "it closed its channel");
 }
 
-/* Reads and handles what has come, at most `rounds` reads. */
-static void worker_read(struct worker *w, int rounds)
+/* Reads once and handles what has come, of which only the start of a frame is kept. False:
+ * there is no more for now. */
+static bool worker_read(struct worker *w)
 {
-    static char bytes[CONN_READ_BYTES];
+    char *bytes = conn_bytes;       /* no connection looks at them now: each reads in a call of the loop's */
 
-    while (rounds-- > 0 && w->channel.fd >= 0 && w->runner.state != RUNNER_BROKEN) {
-        ssize_t n = SYS_READ(w->channel.fd, bytes, sizeof bytes);
-        if (n < 0 && (errno == EAGAIN || errno == EINTR))
-            return;
-        if (n <= 0) {
-            worker_hung_up(w);
-            return;
-        }
-        if (buf_add(&w->in, bytes, (size_t)n) < 0) {
-            runner_break(&w->runner, "no memory for its frames");
-            return;
-        }
-        worker_parse(w);
+    if (w->channel.fd < 0 || w->runner.state == RUNNER_BROKEN)
+        return false;
+    ssize_t n = SYS_READ(w->channel.fd, bytes, sizeof conn_bytes);
+    if (n < 0 && (errno == EAGAIN || errno == EINTR))
+        return false;
+    if (n <= 0) {
+        worker_hung_up(w);
+        return false;
     }
+    size_t used = w->in.len > 0 ? 0 : worker_take_all(w, (struct span){ bytes, (size_t)n });
+    if (buf_add(&w->in, bytes + used, (size_t)n - used) < 0)
+        runner_break(&w->runner, "no memory for its frames");
+    else if (used == 0)
+        worker_parse(w);
+    return true;
 }
 
 static void worker_flush(struct worker *w)
@@ -7200,7 +7326,7 @@ static void worker_flush(struct worker *w)
         }
         buf_drop(&w->out, (size_t)n);
     }
-    if (w->choked && w->out.len < WORKER_OUT_HIGH)
+    if (w->choked && w->out.len == 0)
         worker_unchoke(w);
     if (w->runner.state != RUNNER_BROKEN && !w->channel.heap_at
         && loop_want(w->runner.loop, &w->channel, worker_interest(w)) < 0)
@@ -7212,7 +7338,7 @@ static void worker_on_event(struct watch *watch, uint32_t events)
     struct worker *w = CONTAINER(watch, struct worker, channel);
 
     if (events & ~(uint32_t)EPOLLOUT)
-        worker_read(w, 4);
+        worker_read(w);
     if (w->runner.state != RUNNER_BROKEN && w->channel.fd >= 0)
         worker_flush(w);
 }
@@ -7250,7 +7376,8 @@ static void worker_deafen(struct runner *r)
 /* What it had answered before it died still counts. */
 static void worker_read_rest(struct runner *r)
 {
-    worker_read(worker_of(r), 1024);
+    for (int i = 0; i < 1024 && worker_read(worker_of(r)); i++)
+        ;
 }
 
 /* Asks for lifespan shutdown and an end. */
@@ -7291,6 +7418,7 @@ static struct runner *worker_start(const struct runner *base, const char *name, 
     w->runner = *base;
     w->runner.kind = &worker_kind;
     w->next_id = 1;
+    w->out.keep = 2 * WORKER_OUT_HIGH;
     w->channel = (struct watch){ .fd = -1, .on_event = worker_on_event, .on_deadline = worker_on_deadline };
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0)
         goto failed;
@@ -7522,7 +7650,7 @@ static void up_body(struct exchange *ex, struct span data, bool last)
         return;
     if (u->chunked && data.n > 0)
         buf_add_format(out, "%zx\r\n", data.n);
-    buf_add_span(out, data);
+    conn_pass(&u->conn, data);
     if (u->chunked && data.n > 0)
         buf_add_text(out, "\r\n");
     if (u->chunked && last)
@@ -7870,7 +7998,7 @@ static void up_on_free(struct conn *c)
 static const struct proto up_proto = {
     .name = "upstream", .on_input = up_on_input, .on_sent = up_on_sent,
     .on_deadline = up_on_deadline, .on_close = up_on_close, .on_free = up_on_free,
-    .reads_to_end = true,
+    .reads_to_end = true, .reads_in_place = true,
 };
 
 /* Whether an idle connection is still what it was: no byte and no end has come (recv(2)). */
@@ -10147,7 +10275,7 @@ static void aleph_on_head(struct exchange *ex, const struct response_head *h)
     uint32_t kept = 0;
 
     while (field_next(&rest, &name, &value))
-        kept += !field_is_dropped(h->fields, name);
+        kept += !field_is_dropped(h, name);
     mp_write_map(&a->reply, 4);
     mp_write_key(&a->reply, "headers");
     mp_write_map(&a->reply, 3);
@@ -10159,7 +10287,7 @@ static void aleph_on_head(struct exchange *ex, const struct response_head *h)
     mp_write_array(&a->reply, kept);
     for (rest = h->fields; field_next(&rest, &name, &value);) {
         struct buf text = { 0 };
-        if (field_is_dropped(h->fields, name))
+        if (field_is_dropped(h, name))
             continue;
         mp_write_array(&a->reply, 2);
         mp_write_bin(&a->reply, name);
@@ -10872,6 +11000,10 @@ struct http_server {
     struct tls_keys **keys;         /* borrowed: those of connections to come */
     struct upstream *target;        /* instead of a program: `agent forward` */
     struct listener listener;
+    int             line_status;    /* of `line`, the status line made last */
+    char            line[64];
+    time_t          date_s;         /* of `date`, the field made last */
+    char            date[64];
 };
 
 struct http {
@@ -10921,23 +11053,34 @@ static void http_add_phrase(struct buf *out, int status)
     }
 }
 
-static void http_add_status_line(struct buf *out, int status)
+static void http_add_status_line(struct http *h, int status)
 {
-    buf_add_format(out, "HTTP/1.1 %d ", status);
-    http_add_phrase(out, status);
-    buf_add_text(out, "\r\n");
+    struct http_server *s = h->server;
+    struct buf line = { 0 };
+
+    if (s->line_status != status) {
+        buf_add_format(&line, "HTTP/1.1 %d ", status);
+        http_add_phrase(&line, status);
+        snprintf(s->line, sizeof s->line, "%s\r\n", buf_text(&line));
+        s->line_status = line.failed ? 0 : status;
+        buf_fini(&line);
+    }
+    buf_add_text(&h->conn.out, s->line);
 }
 
 /* IMF-fixdate, RFC 9110 section 5.6.7. */
-static void http_add_date(struct buf *out)
+static void http_add_date(struct http *h)
 {
-    char text[64];
+    struct http_server *s = h->server;
     time_t now = time(NULL);
     struct tm utc;
 
-    gmtime_r(&now, &utc);
-    strftime(text, sizeof text, "date: %a, %d %b %Y %H:%M:%S GMT\r\n", &utc);
-    buf_add_text(out, text);
+    if (s->date_s != now || !s->date[0]) {
+        gmtime_r(&now, &utc);
+        strftime(s->date, sizeof s->date, "date: %a, %d %b %Y %H:%M:%S GMT\r\n", &utc);
+        s->date_s = now;
+    }
+    buf_add_text(&h->conn.out, s->date);
 }
 
 /* ---- answers of our own ---- */
@@ -10947,10 +11090,10 @@ static void http_answer(struct http *h, int status, struct span text)
 {
     struct buf *out = &h->conn.out;
 
-    http_add_status_line(out, status);
+    http_add_status_line(h, status);
     buf_add_format(out, "content-type: text/plain; charset=utf-8\r\n"
                    "content-length: %zu\r\nconnection: close\r\n", text.n + 1);
-    http_add_date(out);
+    http_add_date(h);
     buf_add_text(out, "\r\n");
     if (!h->is_head) {
         buf_add_span(out, text);
@@ -10980,10 +11123,10 @@ static void http_on_switched(struct http *h, const struct response_head *head)
     struct buf *out = &h->conn.out;
     struct span rest = head->fields, name, value;
 
-    http_add_status_line(out, head->status);
+    http_add_status_line(h, head->status);
     while (field_next(&rest, &name, &value))
         if (span_eq_nocase(name, "connection") || span_eq_nocase(name, "upgrade")
-            || !field_is_dropped(head->fields, name))
+            || !field_is_dropped(head, name))
             field_add_line(out, name, value);
     buf_add_text(out, "\r\n");
     h->head_sent = true;
@@ -11008,17 +11151,17 @@ static void http_on_head(struct exchange *ex, const struct response_head *head)
     h->chunked = !h->no_body && head->content_length < 0 && is_11;
     if (!h->no_body && head->content_length < 0 && !is_11)
         h->keep_alive = false;      /* its end is the connection's */
-    http_add_status_line(out, head->status);
+    http_add_status_line(h, head->status);
     while (field_next(&rest, &name, &value)) {
         bool length = span_eq_nocase(name, "content-length");
-        if (field_is_dropped(head->fields, name) || (length && (measured || head->status == 204)))
+        if (field_is_dropped(head, name) || (length && (measured || head->status == 204)))
             continue;
         measured = measured || length;
         dated = dated || span_eq_nocase(name, "date");
         field_add_line(out, name, value);
     }
     if (!dated)
-        http_add_date(out);
+        http_add_date(h);
     if (h->chunked)
         buf_add_text(out, "transfer-encoding: chunked\r\n");
     if (!h->keep_alive)
@@ -11029,6 +11172,17 @@ static void http_on_head(struct exchange *ex, const struct response_head *head)
     h->head_sent = true;
     conn_after(&h->conn, limits.send_ms);
     conn_soon(&h->conn);
+}
+
+/* Lets the program send on, unless the client is slow. */
+static void http_credit(struct http *h)
+{
+    size_t n = h->owed;
+
+    if (h->conn.out.len >= CONN_OUT_HIGH)
+        return;
+    h->owed = 0;
+    exchange_consumed(&h->ex, n);
 }
 
 static void http_on_data(struct exchange *ex, struct span data)
@@ -11046,10 +11200,11 @@ static void http_on_data(struct exchange *ex, struct span data)
     }
     if (h->chunked)
         buf_add_format(out, "%zx\r\n", data.n);
-    buf_add_span(out, data);
+    conn_pass(&h->conn, data);
     if (h->chunked)
         buf_add_text(out, "\r\n");
     h->owed += data.n;
+    http_credit(h);
     conn_after(&h->conn, limits.send_ms);
     conn_soon(&h->conn);
 }
@@ -11621,7 +11776,7 @@ static void http_await(struct http *h)
 
     if (c->out.len > 0)
         conn_after(c, limits.send_ms);
-    else if (h->state == HTTP_IN_BODY && c->in.len == 0)
+    else if (h->state == HTTP_IN_BODY && c->in.len == 0 && !c->paused)
         conn_after(c, limits.body_ms);
     else
         conn_never(c);
@@ -11635,15 +11790,22 @@ static void http_read_body(struct http *h)
 
     if (n > 0 && !http_feed(h, n))
         return;
+    c->paused = h->request_done || exchange_room(&h->ex) == 0;
     if (h->request_done) {
         h->state = HTTP_ANSWERING;
-        c->paused = true;
     } else if (c->eof && c->in.len == 0) {
         log_info("http: the client left within its request");
         conn_close(c);
         return;
     }
     http_await(h);
+}
+
+/* A body that is not taken now stays in the socket. */
+static size_t http_room(struct conn *c)
+{
+    struct http *h = CONTAINER(c, struct http, conn);
+    return h->state == HTTP_IN_BODY ? exchange_room(&h->ex) : CONN_READ_BYTES;
 }
 
 /* Hands on what the client sends after 101, as far as the program keeps up. */
@@ -11685,11 +11847,7 @@ static void http_on_sent(struct conn *c)
 {
     struct http *h = CONTAINER(c, struct http, conn);
 
-    if (c->out.len < CONN_OUT_HIGH && h->owed > 0) {
-        size_t n = h->owed;
-        h->owed = 0;
-        exchange_consumed(&h->ex, n);
-    }
+    http_credit(h);
     if (h->state != HTTP_IN_HEAD) {
         http_await(h);
     } else {
@@ -11733,6 +11891,7 @@ static void http_on_free(struct conn *c)
 static const struct proto http_proto = {
     .name = "http", .on_input = http_on_input, .on_sent = http_on_sent,
     .on_deadline = http_on_deadline, .on_close = http_on_close, .on_free = http_on_free,
+    .room = http_room, .reads_in_place = true,
 };
 
 /* The peer's address, and whether it is trusted: by default unless it has an IP address. */

@@ -161,7 +161,7 @@ enum frame_type {
 #define TLS_CA_LIST_MAX     4096            /* names of authorities that clients are told of */
 #define TLS_SUBJECT_MAX     1024            /* a client's subject in a field */
 #define TLS_STEPS_PER_TURN  4               /* of handshakes: with an RSA key of 2048 bits one takes 6 ms */
-#define WORKER_CREDIT       (64 << 10)      /* body bytes under way per stream and direction */
+#define WORKER_CREDIT       (192 << 10)     /* body bytes under way per stream and direction */
 #define WORKER_FRAME_MAX    (256 << 10)     /* payload of one frame from a worker */
 #define CONF_PREFIX_MAX     9               /* digits of the configuration's length */
 #define CONN_READ_BYTES     (64 << 10)      /* one read, and room kept in an input buffer */

@@ -46,8 +46,10 @@ CONFIGURE, REQUEST, REQUEST_BODY, DISCONNECT, SHUTDOWN, WINDOW = range(1, 7)
 HELLO, READY, START_FAILED, RESPONSE_HEAD, RESPONSE_BODY, FAILURE, TEXT, BINARY, CLOSE = range(7, 16)
 END = 0x01                              # flag: last frame of its direction
 
-CREDIT = 64 << 10                       # body bytes under way per stream and direction
-PIECE = 64 << 10                        # most body bytes in one frame
+CREDIT = 192 << 10                      # body bytes under way per stream and direction
+PIECE = 192 << 10                       # most body bytes in one frame
+READ = 128 << 10                        # one read
+LONG, PIECES = 64 << 10, 256            # what is longer goes out without a copy, so many at once
 SWITCHING = 101                         # the status that accepts a WebSocket
 REASON_MAX = 123                        # bytes of why a WebSocket is closed (RFC 6455, 5.5)
 HEAD_MAX = 256 << 10                    # the agent takes no larger frame
@@ -143,14 +145,15 @@ def leave(code):
 
 class Channel:
     """Reads frames and hands them to `on_frame`; writes the frames of one turn of the loop
-    in one go. What cannot be written yet stays in `unsent`; credit bounds it."""
+    in one go. What cannot be written yet stays in `out`; credit bounds it."""
 
     def __init__(self, sock):
         self.sock = sock
-        self.rest = b""                 # the start of a frame whose end is not here yet
-        self.out = []                   # frames of this turn, headers and payloads
-        self.unsent = bytearray()
-        self.flushing = self.forked = False
+        self.view = memoryview(bytearray(READ))     # the first `have` bytes: the start of a frame
+        self.have = 0
+        self.out = []                   # frames, headers and payloads
+        self.size = 0                   # of their payloads, since the last flush
+        self.flushing = self.forked = self.full = False
         self.loop = self.on_frame = self.on_end = None
         os.register_at_fork(after_in_child=self.on_fork)
 
@@ -185,71 +188,92 @@ class Channel:
         loop.add_reader(self.sock.fileno(), self.on_readable)
 
     def on_readable(self):
+        view, at = self.view, 0
         try:
-            data = self.sock.recv(1 << 16)
+            have = self.sock.recv_into(view[self.have:] if self.have else view)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
-            data = b""
-        if not data:
+            have = 0
+        if not have:
             return self.end()
-        if self.rest:
-            data = self.rest + data
-        at, have, on_frame = 0, len(data), self.on_frame
+        have += self.have
+        unpack, on_frame = HEADER.unpack_from, self.on_frame
         while have - at >= 12:
-            length, stream, kind, flags, _ = HEADER.unpack_from(data, at)
-            if have - at - 12 < length:
+            length, stream, kind, flags, _ = unpack(view, at)
+            start = at + 12
+            if have - start < length:
                 break
-            at += 12
-            on_frame(stream, kind, flags, data[at:at + length])
-            at += length
-        self.rest = data[at:]
+            at = start + length
+            on_frame(stream, kind, flags, view[start:at].tobytes())
+        self.have = have - at
+        if self.have or len(view) > READ:
+            self.keep(at, have)
+
+    def keep(self, at, have):
+        """Move the start of a frame to the front, where there is room for the rest of it."""
+        rest, need = self.view[at:have].tobytes(), READ
+        if len(rest) >= 12:
+            need = max(READ, 12 + HEADER.unpack_from(rest)[0])
+        if need != len(self.view):
+            self.view = memoryview(bytearray(need))
+        self.view[:len(rest)] = rest
 
     def put(self, stream, kind, payload=b"", flags=0):
         self.out.append(HEADER.pack(len(payload), stream, kind, flags, 0))
         if payload:
             self.out.append(payload)
+            self.size += len(payload)
         if not self.flushing:
             self.flushing = True
             self.loop.call_soon(self.flush)
 
     def flush(self):
         self.flushing = False
-        if not self.out:
-            return
-        data = b"".join(self.out)
-        self.out.clear()
-        if self.unsent:
-            self.unsent += data         # on_writable goes on with it
-            return
-        sent = self.send(data)
-        if sent < len(data):
-            self.unsent += data[sent:]
+        if self.full or not self.out:
+            return                      # on_writable goes on with it
+        if self.size < LONG:            # a copy is cheaper than many pieces
+            self.out[:] = (b"".join(self.out),)
+        self.size = 0
+        if not self.write():
+            self.full = True
             self.loop.add_writer(self.sock.fileno(), self.on_writable)
 
     def on_writable(self):
-        del self.unsent[:self.send(self.unsent)]
-        if not self.unsent and self.sock.fileno() >= 0:
+        if self.write() and self.sock.fileno() >= 0:
+            self.full = False
             self.loop.remove_writer(self.sock.fileno())
 
-    def send(self, data):
-        try:
-            return self.sock.send(data)
-        except (BlockingIOError, InterruptedError):
-            return 0
-        except OSError:
-            self.end()
-            return len(data)            # nobody is there to read it
+    def write(self):
+        """False: the socket takes no more for now."""
+        out = self.out
+        while out:
+            try:
+                sent = self.sock.send(out[0]) if len(out) == 1 else self.sock.sendmsg(out[:PIECES])
+            except (BlockingIOError, InterruptedError):
+                return False
+            except OSError:
+                out.clear()             # nobody is there to read it
+                self.end()
+                break
+            done = 0
+            while done < len(out) and sent >= len(out[done]):
+                sent -= len(out[done])
+                done += 1
+            del out[:done]
+            if sent:
+                out[0] = memoryview(out[0])[sent:]
+        return True
 
     def finish(self):
         """Before the exit, write what the agent has not read yet."""
         self.flush()
         try:
             self.sock.settimeout(EXIT_S)
-            self.sock.sendall(self.unsent)
+            self.sock.sendall(b"".join(self.out))
         except OSError:
             pass                        # it is gone, or stuck
-        self.unsent.clear()
+        self.out.clear()
 
     def end(self):
         if self.sock.fileno() >= 0:

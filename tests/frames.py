@@ -176,7 +176,7 @@ def group_order():
             ("two heads", [frame(RESPONSE_HEAD, HEAD)] * 2, "two heads for one request"),
             ("two heads, a body between", [frame(RESPONSE_HEAD, HEAD), frame(RESPONSE_BODY, b"x"), frame(RESPONSE_HEAD, HEAD)],
              "two heads for one request"),
-            ("more than its credit in one frame", [frame(RESPONSE_HEAD, HEAD), frame(RESPONSE_BODY, "x65537")], "than it had credit for"),
+            ("more than its credit in one frame", [frame(RESPONSE_HEAD, HEAD), frame(RESPONSE_BODY, "x196609")], "than it had credit for"),
             ("a frame after the end", [frame(RESPONSE_HEAD, HEAD), frame(RESPONSE_BODY, b"", flags=1), frame(RESPONSE_BODY)],
              "which is not open")):
         before = pid()

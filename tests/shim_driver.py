@@ -21,7 +21,7 @@ import traceback
 PYTHON, WORKER, APPS = sys.argv[1:4]
 CONFIGURE, REQUEST, BODY, DISCONNECT, SHUTDOWN, WINDOW = range(1, 7)
 HELLO, READY, START_FAILED, HEAD, RESPONSE, FAILURE, TEXT, BINARY, CLOSE = range(7, 16)
-END, CREDIT, PIECE, FRAME_MAX = 1, 65536, 65536, 262144
+END, CREDIT, PIECE, FRAME_MAX = 1, 196608, 196608, 262144
 OWN_FILE = os.path.basename(WORKER)
 PATIENCE_S = 10
 SHARES = 3                              # processes that run the checks
@@ -544,7 +544,7 @@ def response_waits_for_credit():
 @check
 def last_piece_waits_for_credit():
     with Agent("echo", refill=False) as agent:
-        for target in ("/bytes/70000", "/stream/2/70000"):
+        for target in ("/bytes/%d" % (CREDIT + 4464), "/stream/2/%d" % (CREDIT + 4464)):
             number = agent.open(target)
             stream = agent.streams[number]
             agent.until(lambda: len(stream.body) == CREDIT)
@@ -552,7 +552,7 @@ def last_piece_waits_for_credit():
             agent.allow(number, 4000)
             agent.until(lambda: len(stream.body) == CREDIT + 4000)
             agent.quiet()
-            agent.allow(number, 100000)
+            agent.allow(number, CREDIT + 100000)
             agent.finish(number)
 
 
