@@ -309,7 +309,7 @@ def group_hostile():
             ("a body", "a body through a WebSocket", "11,0,61"),
             ("an end", "a body through a WebSocket", "11,1,"),
             ("a second head", "two heads", "10,0,65000000"),
-            ("a message past its credit", "that it had no credit for", "14,1,x65525"),
+            ("a message past its credit", "that it had no credit for", "14,1,x196597"),
             ("a close of no bytes", "closed a WebSocket with 0,", "15,0,"),
             ("a close of one byte", "closed a WebSocket with 0,", "15,0,e8"),
             ("a close with 1005", "with 1005,", "15,0,ed03"), ("a close with 1006", "with 1006,", "15,0,ee03"),
