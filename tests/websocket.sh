@@ -51,7 +51,7 @@ ln -s "$NPM/node_modules" "$T/node/"
 # serve DIR ENTRYPOINT
 serve() {
     URL=127.0.0.1:$((20000 + RANDOM % 10000))
-    PATH=$NODE:$PATH spawn "$T/run.log" "$AGENT" run --listen "tcp:$URL" "$@"
+    PATH=$NODE:/usr/bin:$PATH spawn "$T/run.log" "$AGENT" run --listen "tcp:$URL" "$@"
     wait_for 20 curl -sf -o /dev/null "http://$URL/" || fail "$TEST_NAME: $2 serves" "$(cat "$T/run.log")"
 }
 

@@ -5,8 +5,9 @@ import os
 import struct
 
 log = []
-BROWSER = b"""<!doctype html><p id=result></p><script>
-const say = (text) => result.textContent += text + " ";
+BROWSER = b"""<!doctype html><script>
+let said = "";
+const say = (text) => fetch("/report?" + (said += text + "_"));
 const ws = new WebSocket(`ws://${location.host}/echo`);
 ws.binaryType = "arraybuffer";
 ws.onopen = () => ws.send("text");
@@ -32,6 +33,8 @@ async def echo(receive, send):
 async def app(scope, receive, send):
     if scope["type"] == "http":
         body = json.dumps(log).encode() if scope["path"] == "/log" else BROWSER if scope["path"] == "/browser" else b"hello"
+        if scope["path"] == "/report":
+            log.append(scope["query_string"].decode())
         if scope["path"] == "/clear":
             log.clear()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
