@@ -55,6 +55,7 @@
 #include <strings.h>
 #include <sys/epoll.h>
 #include <sys/file.h>
+#include <sys/inotify.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
@@ -135,8 +136,9 @@ struct log {
 
 #define LOG_PENDING_BYTES   8192
 
-static char log_pending[LOG_PENDING_BYTES];
+static char log_pending[LOG_PENDING_BYTES], access_pending[LOG_PENDING_BYTES];
 static struct log agent_log = { .level = LOG_INFO, .fd = 2, .pending = log_pending };
+static struct log access_log = { .fd = -1, .pending = access_pending };     /* no ring: standard output, if it is wanted */
 
 /* The level of that name, or -1. */
 static int log_level_of(const char *name)
@@ -159,10 +161,8 @@ static int64_t kernel_us(void)
     return (int64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
 }
 
-static void log_flush(void)
+static void log_flush_one(struct log *l)
 {
-    struct log *l = &agent_log;
-
     while (l->fd >= 0 && l->pending_len > 0) {
         ssize_t n = write(l->fd, l->pending, l->pending_len);
         if (n <= 0)
@@ -175,6 +175,25 @@ static void log_flush(void)
             "agent: console too slow, %u lines dropped\n", l->dropped);
         l->dropped = 0;
     }
+}
+
+static void log_flush(void)
+{
+    log_flush_one(&agent_log);
+    log_flush_one(&access_log);
+}
+
+/* A line for the next flush. */
+static void log_put(struct log *l, const char *line, size_t len)
+{
+    if (l->pending_len + len > LOG_PENDING_BYTES)
+        log_flush_one(l);
+    if (l->pending_len + len > LOG_PENDING_BYTES) {
+        l->dropped++;
+        return;
+    }
+    memcpy(l->pending + l->pending_len, line, len);
+    l->pending_len += len;
 }
 
 static void log_ring_add(const char *p, size_t n)
@@ -207,14 +226,8 @@ static void log_line(const char *who, const char *p, size_t n)
     log_ring_add(line, len);
     if (l->fd < 0)
         return;
-    log_flush();
-    if (l->pending_len + len > LOG_PENDING_BYTES) {
-        l->dropped++;
-        return;
-    }
-    memcpy(l->pending + l->pending_len, line, len);
-    l->pending_len += len;
-    log_flush();
+    log_put(l, line, len);
+    log_flush_one(l);
 }
 
 PRINTF(2, 0)
@@ -769,7 +782,7 @@ static int loop_timeout(const struct loop *l)
     if (l->soon_first)
         return 0;
     int64_t ms = l->heap_len > 0 ? l->heap[1]->heap_ms - now_ms() : 60000;
-    if (agent_log.pending_len > 0 && ms > 20)
+    if (agent_log.pending_len + access_log.pending_len > 0 && ms > 20)
         ms = 20;                    /* the console takes no interest in being watched */
     return ms < 0 ? 0 : ms > 60000 ? 60000 : (int)ms;
 }
@@ -1385,6 +1398,7 @@ struct settings {
     size_t  listen_len, limits_len;
     char   *wire, *log;                     /* where the supervisor's instructions come in; level */
     struct tls_files tls;
+    bool    access_log;
 };
 
 struct conf {
@@ -1395,6 +1409,7 @@ struct conf {
     char              **args;               /* after those that stand in the entrypoint */
     size_t              args_len;
     int64_t             port;               /* where the program listens; 0: not said */
+    int64_t             workers;            /* 0: not said; after conf_check never WORKERS_AUTO */
     char               *name;               /* hostname, where a file gives one */
     struct buf          raw;                /* owned; code and input_data point into it */
     struct span         code, input_data;   /* p is NULL: nil or missing */
@@ -1415,6 +1430,7 @@ struct conf {
 };
 
 #define CONF_ARGS_MAX   64          /* of an entrypoint */
+#define WORKERS_AUTO    -1          /* as many as CPUs */
 #define CONF_LIST_MAX   64          /* name servers, keys and volumes that one list may hold */
 
 static void strings_free(char **list, size_t len)
@@ -1640,6 +1656,29 @@ static int conf_port(struct mp_in *in, const char *field, int64_t *out, struct b
     return 0;
 }
 
+/* A number, or "auto". */
+static bool workers_read(struct span text, int64_t *out)
+{
+    *out = WORKERS_AUTO;
+    return span_eq(text, "auto") || number_read(text, 1, WORKERS_MAX, out);
+}
+
+static int conf_workers(struct mp_in *in, int64_t *out, struct buf *why)
+{
+    struct mp_in text = *in;
+    struct mp_head h;
+    struct span word;
+
+    if (mp_read_bytes(&text, MP_STR, &word) && workers_read(word, out) && *out == WORKERS_AUTO) {
+        *in = text;
+        return 0;
+    }
+    if (!mp_read(in, MP_INT, &h) || h.negative || h.value < 1 || h.value > WORKERS_MAX)
+        return conf_wrong(why, "workers: expected a number from 1 to %d, or \"auto\"", WORKERS_MAX);
+    *out = (int64_t)h.value;
+    return 0;
+}
+
 static int conf_limits(struct mp_in *in, struct conf *c, struct buf *why)
 {
     struct span name;
@@ -1689,7 +1728,7 @@ static int conf_tls(struct mp_in *in, struct tls_files *t, struct buf *why)
 }
 
 enum conf_kind {
-    CONF_TLS, CONF_STR, CONF_BIN, CONF_PORT, CONF_ARGS, CONF_DNS, CONF_KEYS, CONF_LISTEN, CONF_VARIABLES, CONF_VOLUMES, CONF_LIMITS
+    CONF_TLS, CONF_STR, CONF_BIN, CONF_BOOL, CONF_PORT, CONF_WORKERS, CONF_ARGS, CONF_DNS, CONF_KEYS, CONF_LISTEN, CONF_VARIABLES, CONF_VOLUMES, CONF_LIMITS
 };
 
 /* Beside where a key may stand: it says something of the agent itself, or of the machine. */
@@ -1699,7 +1738,7 @@ static const struct conf_key {
     const char    *name;
     enum conf_kind kind;
     unsigned       where;
-    size_t         offset;          /* of a char * or a span */
+    size_t         offset;          /* of a char *, a span or a bool */
 } conf_keys[] = {
     { "input_data",      CONF_BIN,       CONF_WIRE,               offsetof(struct conf, input_data) },
     { "interface",       CONF_STR,       CONF_WIRE,               offsetof(struct conf, interface_name) },
@@ -1710,6 +1749,7 @@ static const struct conf_key {
     { "code",            CONF_STR,       CONF_FILE,               offsetof(struct conf, folder) },
     { "args",            CONF_ARGS,      CONF_FILE,               0 },
     { "port",            CONF_PORT,      CONF_FILE,               0 },
+    { "workers",         CONF_WORKERS,   CONF_FILE,               0 },
     { "hostname",        CONF_STR,       CONF_FILE | CONF_MACHINE, offsetof(struct conf, name) },
     { "ip",              CONF_STR,       CONF_ANY | CONF_MACHINE, offsetof(struct conf, ip) },
     { "route",           CONF_STR,       CONF_ANY | CONF_MACHINE, offsetof(struct conf, route) },
@@ -1723,6 +1763,7 @@ static const struct conf_key {
     { "wire",            CONF_STR,       CONF_FILE | CONF_SETTING, offsetof(struct conf, settings.wire) },
     { "log",             CONF_STR,       CONF_FILE | CONF_SETTING, offsetof(struct conf, settings.log) },
     { "tls",             CONF_TLS,       CONF_FILE | CONF_SETTING, 0 },
+    { "access_log",      CONF_BOOL,      CONF_FILE | CONF_SETTING, offsetof(struct conf, settings.access_log) },
     { "limits",          CONF_LIMITS,    CONF_FILE | CONF_SETTING, 0 },
 };
 
@@ -1747,8 +1788,12 @@ static int conf_value(struct mp_in *in, struct conf *c, const struct conf_key *k
         return conf_str(in, key->name, field, why);
     case CONF_BIN:
         return conf_bin(in, key->name, field, why);
+    case CONF_BOOL:
+        return mp_read_bool(in, field) ? 0 : conf_wrong(why, "%s: expected a bool", key->name);
     case CONF_PORT:
         return conf_port(in, key->name, &c->port, why);
+    case CONF_WORKERS:
+        return conf_workers(in, &c->workers, why);
     case CONF_ARGS:
         return conf_strs(in, key->name, &c->args, &c->args_len, why);
     case CONF_DNS:
@@ -2009,6 +2054,15 @@ static bool hostname_ok(const char *name)
     return n > 0 && n <= HOSTNAME_MAX;
 }
 
+/* How many CPUs this process may use, within what `workers` may be. */
+static int64_t workers_auto(void)
+{
+    cpu_set_t cpus;
+    int n = sched_getaffinity(0, sizeof cpus, &cpus) < 0 ? 1 : CPU_COUNT(&cpus);
+
+    return n < WORKERS_MAX ? n : WORKERS_MAX;
+}
+
 static int conf_check_file(struct conf *c, struct buf *why)
 {
     if (c->folder && c->folder[0] != '/')
@@ -2023,6 +2077,11 @@ static int conf_check_file(struct conf *c, struct buf *why)
         return conf_wrong(why, "args: only for an executable or a Python file");
     if (c->port && c->launch == LAUNCH_WORKER)
         return conf_wrong(why, "port: module:attribute listens on none");
+    bool has_workers = c->launch == LAUNCH_WORKER || c->launch == LAUNCH_NODE;
+    if (c->workers > 1 && !has_workers)
+        return conf_wrong(why, "workers: only one of an executable or a Python file, which listens itself");
+    if (c->workers == WORKERS_AUTO)
+        c->workers = has_workers ? workers_auto() : 1;
     return 0;
 }
 
@@ -2252,7 +2311,7 @@ static void conf_entry_path(const struct conf *c, char *out, size_t size)
 static int conf_copy_program(struct conf *to, const struct conf *from)
 {
     *to = (struct conf){ .source = from->source, .interface = from->interface, .launch = from->launch,
-                         .encoding = from->encoding, .port = from->port };
+                         .encoding = from->encoding, .port = from->port, .workers = from->workers };
     memcpy(to->hostname, from->hostname, sizeof to->hostname);
     if (from->folder && !(to->folder = span_dup(span_of(from->folder))))
         goto failed;
@@ -2832,9 +2891,30 @@ static void boot_descriptors(void)
 }
 
 /* The console is opened again: what others see of it must not become non-blocking. */
+static int boot_open_console(const char *path)
+{
+    return open(path, O_WRONLY | O_APPEND | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+}
+
+/* One of ours to write to without being blocked: a pipe or terminal is opened anew, a socket
+ * cannot be, a file need not. */
+static int log_descriptor(int fd)
+{
+    char path[32];
+    struct stat st = { 0 };
+    int own = -1;
+
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    if (fstat(fd, &st) == 0 && S_ISSOCK(st.st_mode))
+        fd_nonblock(fd);
+    else if (!S_ISREG(st.st_mode))
+        own = boot_open_console(path);
+    return own < 0 ? fd : own;
+}
+
 static void boot_console(const char *path)
 {
-    int fd = open(path, O_WRONLY | O_APPEND | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+    int fd = boot_open_console(path);
     if (fd >= 0)
         agent_log.fd = fd;
 }
@@ -5859,10 +5939,17 @@ struct backend {
     void   (*cancel)(struct exchange *);        /* nobody waits any more */
 };
 
+/* What somebody is busy with. */
+struct load {
+    size_t        n;                /* exchanges */
+    struct watch *awaits;           /* run at the end of a turn in which n got less; NULL: nobody waits for it */
+};
+
 struct exchange {
     const struct front   *front;
     const struct backend *backend;  /* NULL before exchange_start and once it has ended */
     void                 *stream;   /* the backend's own */
+    struct load          *load;     /* that it is part of, or NULL */
     struct loop          *loop;
     struct watch          timer;    /* the limit for the response head */
     struct request        request;  /* freed as soon as the backend has sent it on */
@@ -6008,9 +6095,20 @@ static void field_add_line(struct buf *out, struct span name, struct span value)
     buf_add_text(out, "\r\n");
 }
 
+static void exchange_unload(struct exchange *ex)
+{
+    if (!ex->load)
+        return;
+    ex->load->n--;
+    if (ex->load->awaits)
+        loop_soon(ex->loop, ex->load->awaits);
+    ex->load = NULL;
+}
+
 /* The backend has gone or is done with this exchange. */
 static void exchange_leave(struct exchange *ex)
 {
+    exchange_unload(ex);
     loop_never(ex->loop, &ex->timer);
     ex->backend = NULL;
     ex->stream = NULL;
@@ -6187,6 +6285,7 @@ static void exchange_start(struct exchange *ex, struct loop *loop, const struct 
     ex->loop = loop;
     ex->backend = backend;
     ex->head_seen = false;
+    ex->load = NULL;
     ex->may_upgrade = ex->request.upgrade.n > 0;
     ex->body_left = -1;
     ex->timer = (struct watch){ .fd = -1, .on_deadline = exchange_on_deadline };
@@ -6589,11 +6688,15 @@ struct runner_kind {
 struct runner {
     const struct runner_kind  *kind;
     const struct runner_owner *owner;
-    void                      *program;     /* the owner's own */
+    void                      *place;       /* the owner's own */
     struct loop               *loop;
     struct children           *children;
     struct child               child;
     enum runner_state          state;
+    bool                       was_ready;   /* it has been RUNNER_READY */
+    struct load                load;
+    struct watch               timer;       /* the owner's own, like the next */
+    struct runner             *next;
     struct output              output;
     char                       name[80];    /* of the program, for the log */
     char                       broken[160]; /* why it was killed, for the error replies */
@@ -8600,36 +8703,54 @@ static bool node_find(const char *folder, const char *nvm_dir, const char *path,
 }
 
 /* ==== program: the user's code, its launch, its restarts, as one =================
- * At most one runner is current; others, already killed, are only waited for. Requests
- * that come while the program starts or waits for its restart queue up here. */
+ * A program has as many places as workers; each has at most one runner, which is started again
+ * when it dies and disturbs no other. A request goes to the runner that has the fewest, and
+ * waits here while none takes any. A runner that is retired (halt, or newer code) ends what it
+ * has and gets no more; others that have lost their place are killed and only waited for. */
 enum program_state {
     PROGRAM_NONE,       /* nothing configured; a warm interpreter may be waiting */
     PROGRAM_STARTING,   /* for the first time: on_started will be told */
-    PROGRAM_SERVING,    /* or, if it is no shim of ours that starts it, not listening yet */
-    PROGRAM_RESTARTING, /* a new runner loads the program after a death */
-    PROGRAM_WAITING,    /* for the back-off to pass */
+    PROGRAM_SERVING,    /* it has started once; how far it is now, its places know */
     PROGRAM_STOPPED     /* for halt: nothing starts any more */
 };
 
 #define PROGRAM_SHIM_MAX    (256 << 10)     /* bytes of a shim, unpacked */
+
+enum place_state {
+    PLACE_EMPTY,        /* nothing is to run here, but a warm interpreter may */
+    PLACE_STARTING,     /* its runner loads the program */
+    PLACE_SERVING,      /* or, if it is no shim of ours that starts it, not listening yet */
+    PLACE_WAITING,      /* for the back-off to pass */
+};
+
+struct place {
+    struct program    *program;
+    enum place_state   state;
+    struct runner     *runner;      /* the current one, or NULL */
+    unsigned           port;        /* where it listens, if it is no Python worker */
+    int                listener;    /* Node's, -1: none; it outlives who was killed and may not be dead yet */
+    unsigned           listener_port;
+    struct watch       timer;       /* limit for a start or to listen; back-off */
+    int64_t            backoff_ms;
+    int64_t            served_ms;   /* when it last became ready; 0: never */
+};
 
 struct program {
     struct loop       *loop;
     struct children   *children;
     enum program_state state;
     struct conf        conf;
-    struct runner     *runner;      /* the current one, or NULL */
-    unsigned           port;        /* where it listens, if it is no Python worker */
+    struct place       places[WORKERS_MAX];
+    size_t             workers;     /* of them in use */
+    struct runner     *retired;
+    struct watch       room;        /* a runner has ended an exchange that somebody waits for */
     bool               picks_port;  /* a free one, anew for every start: the machine is not ours */
-    int                listener;    /* Node's, -1: none; it outlives who was killed and may not be dead yet */
-    unsigned           listener_port;
-    bool               was_ready;   /* the current runner has been RUNNER_READY */
+    bool               reloads;     /* where no start succeeds, the next one follows a change of the code */
+    int64_t            drain_ms;    /* for the exchanges of a retired runner, before it is asked to end */
     bool               is_late;     /* it does not listen within limits.loading_ms */
     struct buf         ended, ended_tail;   /* how it ended before it was ready; empty: it did not */
-    struct watch       timer;       /* limit for a start or to listen; back-off; grace when stopping */
+    enum failure       ended_as;
     struct watch       stalls;      /* its cgroup's memory.pressure */
-    int64_t            backoff_ms;
-    int64_t            served_ms;   /* when it last became ready */
     int64_t            oom_kills;   /* as counted last */
     const char        *optimize;    /* "-OO", "-O" or "": none; NULL: not looked for yet */
     char *const       *env;         /* borrowed: what every program gets */
@@ -8774,7 +8895,7 @@ static void env_free(char **env)
 
 /* The environment at exec, NULL-terminated, strings owned; NULL: no memory. What a program that
  * listens must know comes last, as nothing else may stand in its place. */
-static char **program_env(const struct program *p)
+static char **program_env(const struct program *p, unsigned number)
 {
     const struct conf *c = &p->conf;
     char port[8], modules[PATH_MAX];
@@ -8785,7 +8906,7 @@ static char **program_env(const struct program *p)
     char **env = calloc(base + c->variables_len + 5, sizeof(char *));
     bool ok = env != NULL;
 
-    snprintf(port, sizeof port, "%u", p->port);
+    snprintf(port, sizeof port, "%u", number);
     snprintf(modules, sizeof modules, "%s/node_modules:" PATH_NODE_MODULES, conf_code_folder(c));
     for (size_t i = 0; ok && i < base; i++)
         if (strchr(p->env[i], '='))     /* the caller's environment may hold anything */
@@ -8806,16 +8927,17 @@ static char **program_env(const struct program *p)
 
 static const struct runner_owner program_owner;
 
-/* Both shims are files of ours, written anew, as a program may have made them something else.
- * Puts the path into `out`. */
+/* Both shims are files of ours, written anew, as a program may have made them something else, and
+ * put there whole, as an interpreter may just be reading. Puts the path into `out`. */
 static int program_write_shim(const struct program *p, const char *name, const char *packed, const char *end,
                               char *out, size_t size, struct buf *why)
 {
     z_stream s = { .next_in = (Bytef *)(uintptr_t)packed, .avail_in = (uInt)(end - packed) };
-    char *text = malloc(PROGRAM_SHIM_MAX);
+    char *text = malloc(PROGRAM_SHIM_MAX), part[PATH_MAX];
 
     snprintf(out, size, "%s/%s", p->folder, name);
-    unlink(out);
+    snprintf(part, sizeof part, "%s/new", p->folder);
+    unlink(part);
     errno = ENOMEM;
     int rc = text && inflateInit2(&s, MAX_WBITS + 16) == Z_OK ? 0 : -1;     /* + 16: as gzip has it */
     if (rc == 0) {
@@ -8824,7 +8946,7 @@ static int program_write_shim(const struct program *p, const char *name, const c
         rc = inflate(&s, Z_FINISH) == Z_STREAM_END ? 0 : -1;
         inflateEnd(&s);
         assert(rc == 0);                        /* it is ours: the build has made it */
-        rc = mkdir_all(p->folder, 0755) < 0 ? -1 : file_write(out, text, s.total_out, 0644);
+        rc = mkdir_all(p->folder, 0755) < 0 || file_write(part, text, s.total_out, 0644) < 0 ? -1 : rename(part, out);
     }
     free(text);
     return rc < 0 ? conf_wrong(why, "cannot write %s: %s", out, strerror(errno)) : 0;
@@ -8857,23 +8979,26 @@ static struct runner *program_spawn_worker(struct program *p, const struct runne
     return worker_start(base, name, argv, env);
 }
 
-/* Sees to p->listener, which only Node has a use for. */
-static int program_listen(struct program *p, struct buf *why)
+/* Sees to the listener, which only Node has a use for. */
+static int place_listen(struct place *at, struct buf *why)
 {
-    if (p->conf.launch != LAUNCH_NODE || p->listener_port != p->port)
-        fd_close(&p->listener);
-    if (p->conf.launch != LAUNCH_NODE || p->listener >= 0)
+    bool is_node = at->program->conf.launch == LAUNCH_NODE;
+
+    if (!is_node || at->listener_port != at->port)
+        fd_close(&at->listener);
+    if (!is_node || at->listener >= 0)
         return 0;
-    p->listener_port = p->port;
-    p->listener = upstream_listen(p->port);
-    return p->listener < 0 ? conf_wrong(why, "cannot listen on port %u for Node: %s", p->port, strerror(errno)) : 0;
+    at->listener_port = at->port;
+    at->listener = upstream_listen(at->port);
+    return at->listener < 0 ? conf_wrong(why, "cannot listen on port %u for Node: %s", at->port, strerror(errno)) : 0;
 }
 
 /* Starts what the entrypoint names: a file for Node's shim or for Python, or an executable with
  * its arguments. */
-static struct runner *program_spawn_upstream(struct program *p, const struct runner *base, char **env,
+static struct runner *program_spawn_upstream(struct place *at, const struct runner *base, char **env,
                                              struct buf *why)
 {
+    const struct program *p = at->program;
     const struct conf *c = &p->conf;
     char *argv[2 * CONF_ARGS_MAX + 4], path[PATH_MAX], interpreter[PATH_MAX], shim[PATH_MAX];
     char *words = span_dup(span_of(c->entrypoint)), *rest;
@@ -8884,7 +9009,7 @@ static struct runner *program_spawn_upstream(struct program *p, const struct run
     if (!words)
         return NULL;
     conf_entry_path(c, path, sizeof path);
-    if (program_listen(p, why) < 0) {
+    if (place_listen(at, why) < 0) {
         rc = -1;
     } else if (c->launch == LAUNCH_NODE) {
         if (!node_find(conf_code_folder(c), env_get(env, "NVM_DIR"), program_path(p), interpreter, sizeof interpreter, why))
@@ -8910,31 +9035,44 @@ static struct runner *program_spawn_upstream(struct program *p, const struct run
     argv[n] = NULL;
     if (rc == 0)
         r = upstream_start(base, c->entrypoint, &(struct spawn){ .argv = argv, .envp = env,
-                           .cwd = conf_code_folder(c) }, p->port, p->listener);
+                           .cwd = conf_code_folder(c) }, at->port, at->listener);
     free(words);
     return r;
 }
 
-/* Starts the process; -1: the reason is in why. */
-static int program_spawn(struct program *p, const char *name, struct buf *why)
-{
-    struct runner base = { .owner = &program_owner, .program = p, .loop = p->loop, .children = p->children };
+static void program_on_grace(struct watch *t);
 
-    if (p->conf.port)
-        p->port = (unsigned)p->conf.port;
-    else if (p->picks_port && !(p->port = address_free_port()))
+/* The port for what starts here: the one that was asked for is the first's. False: there is none. */
+static bool place_choose_port(struct place *at)
+{
+    const struct program *p = at->program;
+
+    if (at > p->places || (p->picks_port && !p->conf.port))
+        return (at->port = address_free_port()) != 0;
+    at->port = p->conf.port ? (unsigned)p->conf.port : PORT_PROGRAM;
+    return true;
+}
+
+/* Starts the process; -1: the reason is in why. */
+static int place_spawn(struct place *at, const char *name, struct buf *why)
+{
+    struct program *p = at->program;
+    struct runner base = { .owner = &program_owner, .place = at, .loop = p->loop, .children = p->children,
+                           .timer = { .fd = -1, .on_deadline = program_on_grace } };
+
+    if (p->conf.launch != LAUNCH_WORKER && !place_choose_port(at))
         return conf_wrong(why, "there is no free port: %s", strerror(errno));
-    char **env = program_env(p);
-    p->was_ready = p->is_late = false;
+    char **env = program_env(p, at->port);
+    p->is_late = false;
     buf_fini(&p->ended);
     buf_fini(&p->ended_tail);
     if (env)
-        p->runner = p->conf.launch == LAUNCH_WORKER ? program_spawn_worker(p, &base, name, env, why)
-                                                    : program_spawn_upstream(p, &base, env, why);
-    if (!p->runner && why->len == 0)
+        at->runner = p->conf.launch == LAUNCH_WORKER ? program_spawn_worker(p, &base, name, env, why)
+                                                     : program_spawn_upstream(at, &base, env, why);
+    if (!at->runner && why->len == 0)
         buf_add_format(why, "cannot start %s: %s", name, strerror(errno));
     env_free(env);
-    return p->runner ? 0 : -1;
+    return at->runner ? 0 : -1;
 }
 
 /* Starts an interpreter while the host still thinks about its configuration. */
@@ -8942,7 +9080,7 @@ static void program_prewarm(struct program *p)
 {
     struct buf why = { 0 };
 
-    if (p->state == PROGRAM_NONE && !p->runner && program_spawn(p, "python", &why) < 0)
+    if (p->state == PROGRAM_NONE && !p->places->runner && place_spawn(p->places, "python", &why) < 0)
         log_info("prewarm: %s", buf_text(&why));
     buf_fini(&why);
 }
@@ -8979,12 +9117,13 @@ static void program_marshal(const struct conf *c, struct buf *out)
     buf_add_byte(out, MARSHAL_DICT_END);
 }
 
-static void program_configure(struct program *p)
+static void place_configure(struct place *at)
 {
+    const struct conf *c = &at->program->conf;
     struct buf text = { 0 };
 
-    program_marshal(&p->conf, &text);
-    worker_configure(p->runner, p->conf.entrypoint, &text);
+    program_marshal(c, &text);
+    worker_configure(at->runner, c->entrypoint, &text);
     buf_fini(&text);
 }
 
@@ -9037,7 +9176,7 @@ static void program_say_loading(struct program *p, struct exchange *ex)
     struct buf page = { 0 };
     char text[96];
 
-    snprintf(text, sizeof text, "the program does not listen on port %u yet", p->port);
+    snprintf(text, sizeof text, "the program does not listen on port %u yet", p->places->port);
     if (!ex->request.is_event && file_load_regular(PATH_LOADING_PAGE, &page, LOADING_PAGE_MAX) == 0)
         exchange_answer(ex, 503, (struct span){ fields, sizeof fields }, 3, buf_span(&page));
     else
@@ -9045,23 +9184,61 @@ static void program_say_loading(struct program *p, struct exchange *ex)
     buf_fini(&page);
 }
 
+/* The runner that has the fewest exchanges; NULL: none can take one. */
+static struct runner *program_choose(const struct program *p)
+{
+    struct runner *best = NULL;
+
+    for (const struct place *at = p->places; at < p->places + p->workers; at++)
+        if (at->state == PLACE_SERVING && at->runner && at->runner->state == RUNNER_READY
+            && at->runner->load.n < (size_t)limits.in_flight && (!best || at->runner->load.n < best->load.n))
+            best = at->runner;
+    return best;
+}
+
+static void runner_give(struct runner *r, struct exchange *ex)
+{
+    ex->load = &r->load;
+    r->load.n++;
+    r->kind->request(r, ex);
+}
+
+/* Gives to those that can take. What is left waits for one that ends an exchange, or is ready. */
+static void program_dispatch(struct program *p)
+{
+    struct runner *r;
+
+    while (p->first && (r = program_choose(p))) {
+        struct exchange *ex = p->first;
+        program_dequeue(p, ex);
+        runner_give(r, ex);
+    }
+    for (struct place *at = p->places; at < p->places + p->workers; at++)
+        if (at->runner)
+            at->runner->load.awaits = p->first ? &p->room : NULL;
+}
+
 /* The front has filled ex->request; the answer, also a refusal, comes through ex->front. */
 static void program_request(struct program *p, struct exchange *ex)
 {
+    struct runner *r = p->first ? NULL : program_choose(p);     /* each in its turn */
+
     exchange_start(ex, p->loop, &nobody_backend);
-    if (p->state == PROGRAM_SERVING && p->runner->state == RUNNER_READY)
-        p->runner->kind->request(p->runner, ex);
-    else if (p->state == PROGRAM_NONE || p->state == PROGRAM_STOPPED)
+    if (r) {
+        runner_give(r, ex);
+    } else if (p->state == PROGRAM_NONE || p->state == PROGRAM_STOPPED) {
         exchange_fail(ex, FAILURE_NOT_STARTED, p->state == PROGRAM_NONE
                       ? span_of(p->missing) : SPAN("the machine is halting"), SPAN(""));
-    else if (p->ended.len > 0)
-        exchange_fail(ex, FAILURE_CRASHED, buf_span(&p->ended), buf_span(&p->ended_tail));
-    else if (p->is_late)
+    } else if (p->ended.len > 0) {
+        exchange_fail(ex, p->ended_as, buf_span(&p->ended), buf_span(&p->ended_tail));
+    } else if (p->is_late) {
         program_say_loading(p, ex);
-    else if (p->queued >= (size_t)limits.queue)
-        exchange_fail(ex, FAILURE_NOT_STARTED, SPAN("too many requests wait for the program to start"), SPAN(""));
-    else
+    } else if (p->queued >= (size_t)limits.queue) {
+        exchange_fail(ex, FAILURE_NOT_STARTED, SPAN("too many requests wait for the program"), SPAN(""));
+    } else {
         program_enqueue(p, ex);
+        program_dispatch(p);
+    }
 }
 
 /* ---- life and death ---- */
@@ -9072,40 +9249,156 @@ static int64_t backoff_after(int64_t ms)
     return 2 * ms < limits.backoff_max_ms ? 2 * ms : limits.backoff_max_ms;
 }
 
-/* Gives the current runner up; it is only waited for now. */
-static void program_drop_runner(struct program *p)
+/* Whether some place is in that state. */
+static bool program_has(const struct program *p, enum place_state state)
 {
-    struct runner *r = p->runner;
+    for (const struct place *at = p->places; at < p->places + p->workers; at++)
+        if (at->state == state)
+            return true;
+    return false;
+}
 
+/* What a program has forked, out of its process group even. All are in one cgroup: only once
+ * no runner lives. */
+static void program_kill_rest(struct program *p)
+{
+    bool lives = p->retired != NULL;
+
+    for (const struct place *at = p->places; at < p->places + p->workers; at++)
+        lives = lives || at->runner;
+    if (!lives)
+        cgroup_kill(p->children);
+}
+
+/* Gives the current runner up; it is only waited for now. */
+static void place_drop(struct place *at)
+{
+    struct runner *r = at->runner;
+
+    at->state = PLACE_EMPTY;
+    loop_never(at->program->loop, &at->timer);
     if (!r)
         return;
-    p->runner = NULL;
+    at->runner = NULL;
     runner_kill(r);
+    program_kill_rest(at->program);
+}
+
+static void program_drop_all(struct program *p)
+{
+    for (struct place *at = p->places; at < p->places + p->workers; at++)
+        place_drop(at);
+}
+
+/* Its exchanges have ended, or their time has: asks it to end, too. */
+static void program_end_retired(struct runner *r)
+{
+    loop_after(r->loop, &r->timer, limits.grace_ms);
+    runner_stop(r);
+}
+
+/* Takes the runner out of its place: it ends what it has. */
+static void place_retire(struct place *at)
+{
+    struct program *p = at->program;
+    struct runner *r = at->runner;
+
+    at->runner = NULL;
+    place_drop(at);
+    r->next = p->retired;
+    p->retired = r;
+    r->load.awaits = &p->room;
+    if (r->load.n > 0 && p->drain_ms > 0)
+        loop_after(p->loop, &r->timer, p->drain_ms);
+    else
+        program_end_retired(r);
+}
+
+/* Out of the list. False: it was not retired. */
+static bool program_unretire(struct program *p, struct runner *r)
+{
+    for (struct runner **at = &p->retired; *at; at = &(*at)->next) {
+        if (*at != r)
+            continue;
+        *at = r->next;
+        loop_never(p->loop, &r->timer);
+        return true;
+    }
+    return false;
+}
+
+static void program_on_grace(struct watch *t)
+{
+    struct runner *r = CONTAINER(t, struct runner, timer);
+    struct program *p = ((struct place *)r->place)->program;
+
+    if (r->state < RUNNER_STOPPING) {
+        program_end_retired(r);
+        return;
+    }
+    log_info("%s: did not end within %" PRId64 " ms: killed", r->name, limits.grace_ms);
+    runner_kill(r);
+    if (p->state != PROGRAM_STOPPED)
+        return;
     cgroup_kill(p->children);
+    if (boot_is_machine)
+        p->on_stopped(p);           /* dying can take a second: the disks need it, too */
+}
+
+static void program_on_room(struct watch *w, uint32_t events)
+{
+    struct program *p = CONTAINER(w, struct program, room);
+
+    (void)events;
+    program_dispatch(p);
+    for (struct runner *r = p->retired; r; r = r->next)
+        if (r->load.n == 0 && r->state < RUNNER_STOPPING)
+            program_end_retired(r);
+}
+
+/* No place serves, and with --reload none is to until the code changes. */
+static void program_await_change(struct program *p, struct span text, struct span traceback)
+{
+    bool first = p->state == PROGRAM_STARTING;
+
+    program_drop_all(p);
+    p->state = PROGRAM_SERVING;
+    program_fail_queue(p, text, traceback);
+    buf_add_span(&p->ended, text);
+    buf_add_span(&p->ended_tail, traceback);
+    p->ended_as = FAILURE_NOT_STARTED;
+    log_info("%s: does not start: %.*s; waits for a change", p->conf.entrypoint, (int)text.n, text.p);
+    if (first)
+        p->on_started(p, true, SPAN(""), SPAN(""));
 }
 
 /* The program did not come up. First start: that is the answer to the configuration.
- * A restart: whoever waits is told, and it is tried again after the back-off. */
-static void program_start_failed(struct program *p, struct span text, struct span traceback)
+ * A restart: whoever waits is told, if nobody else may come, and it is tried again after the
+ * back-off. */
+static void place_start_failed(struct place *at, struct span text, struct span traceback)
 {
+    struct program *p = at->program;
     struct buf kept = { 0 }, trace = { 0 };
 
     buf_add_span(&kept, text);          /* they may point into the worker */
     buf_add_span(&trace, traceback);
-    program_drop_runner(p);
-    loop_never(p->loop, &p->timer);
-    if (p->state == PROGRAM_STARTING) {
+    place_drop(at);
+    if (p->reloads && !program_has(p, PLACE_SERVING)) {
+        program_await_change(p, buf_span(&kept), buf_span(&trace));
+    } else if (p->state == PROGRAM_STARTING) {
         p->state = PROGRAM_NONE;
+        program_drop_all(p);
         program_fail_queue(p, buf_span(&kept), buf_span(&trace));
         conf_fini(&p->conf);
         p->on_started(p, false, buf_span(&kept), buf_span(&trace));
-    } else if (p->state == PROGRAM_RESTARTING) {
-        p->state = PROGRAM_WAITING;
-        program_fail_queue(p, buf_span(&kept), buf_span(&trace));
+    } else {
+        if (!program_has(p, PLACE_SERVING) && !program_has(p, PLACE_STARTING))
+            program_fail_queue(p, buf_span(&kept), buf_span(&trace));
         log_info("%s: does not start: %s; next try in %" PRId64 " ms", p->conf.entrypoint,
-                 buf_text(&kept), p->backoff_ms);
-        loop_after(p->loop, &p->timer, p->backoff_ms);
-        p->backoff_ms = backoff_after(p->backoff_ms);
+                 buf_text(&kept), at->backoff_ms);
+        at->state = PLACE_WAITING;
+        loop_after(p->loop, &at->timer, at->backoff_ms);
+        at->backoff_ms = backoff_after(at->backoff_ms);
     }
     buf_fini(&kept);
     buf_fini(&trace);
@@ -9118,75 +9411,91 @@ static bool program_tells(const struct program *p)
     return p->conf.launch == LAUNCH_WORKER || p->conf.launch == LAUNCH_NODE;
 }
 
-static void program_launch(struct program *p, int64_t ms)
+static void place_launch(struct place *at, int64_t ms)
 {
+    struct program *p = at->program;
     struct buf why = { 0 };
 
+    if (p->retired && p->conf.port) {   /* one of them may have it still */
+        at->state = PLACE_WAITING;
+        loop_after(p->loop, &at->timer, RUNNER_REAP_MS);
+        return;
+    }
+    at->state = PLACE_STARTING;
     if (p->before_launch)
         p->before_launch(p);
-    loop_after(p->loop, &p->timer, program_tells(p) || ms < limits.exec_wait_ms ? ms : limits.exec_wait_ms);
-    if (!p->runner && program_spawn(p, p->conf.entrypoint, &why) < 0)
-        program_start_failed(p, buf_span(&why), SPAN(""));
-    else if (p->runner->state == RUNNER_WARM)
-        program_configure(p);
+    loop_after(p->loop, &at->timer, program_tells(p) || ms < limits.exec_wait_ms ? ms : limits.exec_wait_ms);
+    if (!at->runner && place_spawn(at, p->conf.entrypoint, &why) < 0)
+        place_start_failed(at, buf_span(&why), SPAN(""));
+    else if (at->runner->state == RUNNER_WARM)
+        place_configure(at);
     buf_fini(&why);
+}
+
+/* In every place, as far as the start goes on. */
+static void program_launch(struct program *p, int64_t ms)
+{
+    for (struct place *at = p->places; at < p->places + p->workers; at++)
+        if (at == p->places || p->places->state != PLACE_EMPTY)
+            place_launch(at, ms);
 }
 
 static void program_on_warm(struct runner *r)
 {
-    struct program *p = r->program;
-    if (r == p->runner && (p->state == PROGRAM_STARTING || p->state == PROGRAM_RESTARTING))
-        program_configure(p);
+    struct place *at = r->place;
+    if (r == at->runner && at->state == PLACE_STARTING)
+        place_configure(at);
 }
 
 /* Its start is over, whether it listens already or not. */
-static void program_serve(struct program *p)
+static void place_serve(struct place *at)
 {
-    bool first = p->state == PROGRAM_STARTING;
+    struct program *p = at->program;
 
+    at->state = PLACE_SERVING;
+    at->served_ms = now_ms();
+    if (p->state != PROGRAM_STARTING)
+        return;
     p->state = PROGRAM_SERVING;
-    p->served_ms = now_ms();
-    if (first)
-        p->on_started(p, true, SPAN(""), SPAN(""));
+    p->on_started(p, true, SPAN(""), SPAN(""));
 }
 
 static void program_on_ready(struct runner *r)
 {
-    struct program *p = r->program;
+    struct place *at = r->place;
+    struct program *p = at->program;
 
-    if (r != p->runner || p->state == PROGRAM_STOPPED)
+    if (r != at->runner)
         return;
-    loop_never(p->loop, &p->timer);
-    log_info("%s: %s", p->conf.entrypoint, p->state == PROGRAM_RESTARTING ? "serving again" : "serving");
-    p->was_ready = true;
+    loop_never(p->loop, &at->timer);
+    log_info("%s: %s", p->conf.entrypoint, at->state == PLACE_STARTING && at->served_ms ? "serving again" : "serving");
+    r->was_ready = true;
     p->is_late = false;
-    if (p->state != PROGRAM_SERVING)
-        program_serve(p);
-    while (p->first && p->state == PROGRAM_SERVING && p->runner->state == RUNNER_READY) {
-        struct exchange *ex = p->first;
-        program_dequeue(p, ex);
-        p->runner->kind->request(p->runner, ex);
-    }
+    if (at->state != PLACE_SERVING)
+        place_serve(at);
+    program_dispatch(p);
 }
 
 static void program_on_start_failed(struct runner *r, struct span text, struct span traceback)
 {
-    if (r == ((struct program *)r->program)->runner)
-        program_start_failed(r->program, text, traceback);
+    struct place *at = r->place;
+    if (r == at->runner)
+        place_start_failed(at, text, traceback);
 }
 
 /* It listens no more, though it runs: the request waits as if it had just been started. */
 static void program_on_refused(struct runner *r, struct exchange *ex)
 {
-    struct program *p = r->program;
+    struct place *at = r->place;
 
-    if (r != p->runner || p->state != PROGRAM_SERVING) {
+    exchange_unload(ex);
+    if (r != at->runner || at->state != PLACE_SERVING) {
         exchange_fail(ex, FAILURE_CRASHED, SPAN("the program listens no more"), SPAN(""));
         return;
     }
-    program_enqueue(p, ex);
-    if (!p->timer.heap_at)
-        loop_after(p->loop, &p->timer, limits.loading_ms);
+    program_enqueue(at->program, ex);
+    if (!at->timer.heap_at)
+        loop_after(r->loop, &at->timer, limits.loading_ms);
 }
 
 static void program_describe_end(struct program *p, struct runner *r, int status, struct buf *out)
@@ -9204,55 +9513,59 @@ static void program_describe_end(struct program *p, struct runner *r, int status
     p->oom_kills = kills;
 }
 
-static void program_ended(struct program *p, struct span text, struct span tail)
+static void place_ended(struct place *at, bool was_ready, struct span text, struct span tail)
 {
-    switch (p->state) {
-    case PROGRAM_STARTING:
-    case PROGRAM_RESTARTING:
-        program_start_failed(p, text, tail);
+    struct program *p = at->program;
+
+    switch (at->state) {
+    case PLACE_STARTING:
+        place_start_failed(at, text, tail);
         break;
-    case PROGRAM_SERVING:
-        if (!p->was_ready) {            /* whoever waits for it to listen waits in vain */
+    case PLACE_SERVING:
+        if (!was_ready) {               /* whoever waits for it to listen waits in vain */
             program_fail_queue(p, text, tail);
             buf_add_span(&p->ended, text);
             buf_add_span(&p->ended_tail, tail);
+            p->ended_as = FAILURE_CRASHED;
         }
-        if (now_ms() - p->served_ms > limits.backoff_max_ms)
-            p->backoff_ms = limits.backoff_ms;
-        p->state = PROGRAM_WAITING;
-        log_info("%s: starts again in %" PRId64 " ms", p->conf.entrypoint, p->backoff_ms);
-        loop_after(p->loop, &p->timer, p->backoff_ms);
-        p->backoff_ms = backoff_after(p->backoff_ms);
+        if (now_ms() - at->served_ms > limits.backoff_max_ms)
+            at->backoff_ms = limits.backoff_ms;
+        at->state = PLACE_WAITING;
+        log_info("%s: starts again in %" PRId64 " ms", p->conf.entrypoint, at->backoff_ms);
+        loop_after(p->loop, &at->timer, at->backoff_ms);
+        at->backoff_ms = backoff_after(at->backoff_ms);
         break;
-    case PROGRAM_STOPPED:
-        loop_never(p->loop, &p->timer);
-        p->on_stopped(p);
-        break;
-    case PROGRAM_NONE:              /* a warm interpreter died: the next start is a cold one */
-    case PROGRAM_WAITING:
+    case PLACE_EMPTY:               /* a warm interpreter died: the next start is a cold one */
+    case PLACE_WAITING:
         break;
     }
 }
 
 static void program_on_gone(struct runner *r, int status)
 {
-    struct program *p = r->program;
+    struct place *at = r->place;
+    struct program *p = at->program;
+    bool is_current = r == at->runner, is_retired = program_unretire(p, r);
     struct buf text = { 0 };
 
-    if (r == p->runner) {
+    if (is_current)
+        at->runner = NULL;
+    if (is_current || is_retired) {
         program_describe_end(p, r, status, &text);
         log_info("%s", buf_text(&text));
-        p->status = status;
-        p->runner = NULL;
+        p->status = is_current ? status : p->status;
         child_signal(&r->child, SIGKILL);       /* what it forked */
-        cgroup_kill(p->children);
+        program_kill_rest(p);
         r->kind->fail_all(r, FAILURE_CRASHED, buf_span(&text), output_tail(&r->output));
-        program_ended(p, buf_span(&text), output_tail(&r->output));
-        buf_fini(&text);
     } else {
         r->kind->fail_all(r, FAILURE_CRASHED, SPAN("the program was replaced"), SPAN(""));
     }
+    if (is_current)
+        place_ended(at, r->was_ready, buf_span(&text), output_tail(&r->output));
+    buf_fini(&text);
     r->kind->free(r);
+    if (p->state == PROGRAM_STOPPED && !p->retired)
+        p->on_stopped(p);
 }
 
 static const struct runner_owner program_owner = {
@@ -9260,39 +9573,31 @@ static const struct runner_owner program_owner = {
     .on_start_failed = program_on_start_failed, .on_refused = program_on_refused, .on_gone = program_on_gone,
 };
 
-static void program_on_deadline(struct watch *t)
+static void place_on_deadline(struct watch *t)
 {
-    struct program *p = CONTAINER(t, struct program, timer);
+    struct place *at = CONTAINER(t, struct place, timer);
+    struct program *p = at->program;
     char text[160];
 
-    switch (p->state) {
-    case PROGRAM_WAITING:
-        p->state = PROGRAM_RESTARTING;
-        program_launch(p, limits.start_ms);
+    switch (at->state) {
+    case PLACE_WAITING:
+        place_launch(at, limits.start_ms);
         break;
-    case PROGRAM_STARTING:
-    case PROGRAM_RESTARTING:
-        if (!program_tells(p) && p->runner->state == RUNNER_BROKEN) {
-            loop_after(p->loop, &p->timer, RUNNER_REAP_MS);     /* killed, and about to be reaped */
+    case PLACE_STARTING:
+        if (!program_tells(p) && at->runner->state == RUNNER_BROKEN) {
+            loop_after(p->loop, &at->timer, RUNNER_REAP_MS);    /* killed, and about to be reaped */
             break;
         }
         if (!program_tells(p)) {
-            program_serve(p);
-            loop_after(p->loop, &p->timer, limits.loading_ms);
+            place_serve(at);
+            loop_after(p->loop, &at->timer, limits.loading_ms);
             break;
         }
         snprintf(text, sizeof text, "the program did not start within %" PRId64 " ms", limits.start_ms);
-        program_start_failed(p, span_of(text), output_tail(&p->runner->output));
+        place_start_failed(at, span_of(text), output_tail(&at->runner->output));
         break;
-    case PROGRAM_STOPPED:
-        log_info("%s: did not end within %" PRId64 " ms: killed", p->runner->name, limits.grace_ms);
-        runner_kill(p->runner);
-        cgroup_kill(p->children);
-        if (boot_is_machine)
-            p->on_stopped(p);       /* dying can take a second: the disks need it, too */
-        break;
-    case PROGRAM_SERVING:
-        log_info("%s: does not listen on port %u within %" PRId64 " ms", p->conf.entrypoint, p->port, limits.loading_ms);
+    case PLACE_SERVING:
+        log_info("%s: does not listen on port %u within %" PRId64 " ms", p->conf.entrypoint, at->port, limits.loading_ms);
         p->is_late = true;
         while (p->first) {
             struct exchange *ex = p->first;
@@ -9300,7 +9605,7 @@ static void program_on_deadline(struct watch *t)
             program_say_loading(p, ex);
         }
         break;
-    case PROGRAM_NONE:
+    case PLACE_EMPTY:
         break;
     }
 }
@@ -9310,11 +9615,21 @@ static void program_on_deadline(struct watch *t)
 static void program_on_stall(struct watch *w, uint32_t events)
 {
     struct program *p = CONTAINER(w, struct program, stalls);
+    struct runner *largest = NULL;
+    int64_t kib, most = -2;             /* kernel_number says -1 */
+    char path[48];
 
     if (!(events & EPOLLPRI))
         loop_want(p->loop, w, 0);
-    else if (p->runner)
-        runner_break(p->runner, "out of memory: it stood still for half of 10 s");
+    for (struct place *at = p->places; events & EPOLLPRI && at < p->places + p->workers; at++) {
+        snprintf(path, sizeof path, "/proc/%d/status", at->runner ? (int)at->runner->child.pid : 0);
+        if (at->runner && (kib = kernel_number(path, "VmRSS:")) > most) {
+            largest = at->runner;
+            most = kib;
+        }
+    }
+    if (largest)
+        runner_break(largest, "out of memory: it stood still for half of 10 s");
 }
 
 /* Once its cgroup is there (Documentation/accounting/psi.rst); old kernels have no such file. */
@@ -9333,47 +9648,69 @@ static void program_watch_memory(struct program *p)
 
 static void program_init(struct program *p, struct loop *loop, struct children *children)
 {
-    *p = (struct program){ .loop = loop, .children = children, .backoff_ms = limits.backoff_ms, .port = PORT_PROGRAM, .listener = -1,
+    *p = (struct program){ .loop = loop, .children = children, .workers = 1,
                            .env = program_env_guest, .folder = PATH_STATE, .status = -1,
                            .missing = "no program is configured yet",
-                           .timer = { .fd = -1, .on_deadline = program_on_deadline } };
+                           .room = { .fd = -1, .on_event = program_on_room } };
     p->last = &p->first;
+    for (struct place *at = p->places; at < p->places + WORKERS_MAX; at++)
+        *at = (struct place){ .program = p, .port = PORT_PROGRAM, .listener = -1, .timer = { .fd = -1, .on_deadline = place_on_deadline } };
 }
 
 /* Takes the configuration, whose code is in place, and starts it within `ms`; p->on_started
  * follows. */
 static void program_start(struct program *p, struct conf *conf, int64_t ms)
 {
+    struct place *first = p->places;
+
     assert(p->state == PROGRAM_NONE);
     p->conf = *conf;
     *conf = (struct conf){ 0 };
     p->state = PROGRAM_STARTING;
     p->status = -1;
     p->oom_kills = cgroup_oom_kills(p->children);
-    if (p->runner && (program_needs_cold(&p->conf) || p->runner->state > RUNNER_WARM))
-        program_drop_runner(p);
+    p->workers = p->conf.workers > 0 ? (size_t)p->conf.workers : 1;
+    for (struct place *at = first; at < first + p->workers; at++) {
+        at->backoff_ms = limits.backoff_ms;
+        at->served_ms = 0;
+    }
+    if (first->runner && (program_needs_cold(&p->conf) || first->runner->state > RUNNER_WARM))
+        place_drop(first);
     program_launch(p, ms);
+}
+
+/* No runner is given anything more: those that serve end what they have, and then themselves. */
+static void program_retire_all(struct program *p)
+{
+    for (struct place *at = p->places; at < p->places + p->workers; at++)
+        if (at->state == PLACE_SERVING)
+            place_retire(at);
+        else
+            place_drop(at);             /* it has nothing to finish */
+}
+
+/* The code has changed: requests wait for what it is now. */
+static void program_reload(struct program *p)
+{
+    if (p->state != PROGRAM_STARTING && p->state != PROGRAM_SERVING)
+        return;
+    log_info("%s: changed, starts anew", p->conf.entrypoint);
+    program_retire_all(p);
+    program_launch(p, limits.start_ms);
 }
 
 /* For halt: lifespan shutdown and SIGTERM, SIGKILL to all after the grace, then on_stopped. */
 static void program_stop(struct program *p)
 {
-    struct runner *r = p->runner;
-    bool serving = p->state == PROGRAM_SERVING, starting = p->state == PROGRAM_STARTING;
+    bool starting = p->state == PROGRAM_STARTING;
 
     p->state = PROGRAM_STOPPED;
     program_fail_queue(p, SPAN("the machine is halting"), SPAN(""));
-    loop_never(p->loop, &p->timer);
-    if (r && !serving)
-        program_drop_runner(p);     /* it has nothing to finish */
+    program_retire_all(p);
     if (starting)
         p->on_started(p, false, SPAN("the machine is halting"), SPAN(""));
-    if (!p->runner) {
+    if (!p->retired)
         p->on_stopped(p);
-        return;
-    }
-    loop_after(p->loop, &p->timer, limits.grace_ms);
-    runner_stop(r);
 }
 
 /* ==== job: work that may block, in a child of its own ============================
@@ -10759,7 +11096,7 @@ static int command_start(struct aleph *a, const char *text)
 
     if (!cmd)
         return -1;
-    char **env = program_env(s->program);
+    char **env = program_env(s->program, s->program->places->port);
     if (env && pipe2(ends, O_CLOEXEC) == 0 && fd_nonblock(ends[0]) == 0) {
         *cmd = (struct command){ .server = s, .aleph = a, .left = limits.command_out_bytes,
             .pipe = { .fd = ends[0], .on_event = command_on_event },
@@ -11031,6 +11368,9 @@ struct http {
     bool                chunked;                    /* our response is */
     bool                no_body;                    /* our response has none */
     size_t              owed;       /* response bytes not yet credited to the program */
+    struct buf          line;       /* of the access log, as far as the response; empty: none is due */
+    int64_t             begun_us, sent;
+    int                 status;     /* 0: no response has begun */
 };
 
 /* Adds the reason phrase, for people: BAD_GATEWAY becomes "Bad Gateway". */
@@ -11083,6 +11423,69 @@ static void http_add_date(struct http *h)
     buf_add_text(&h->conn.out, s->date);
 }
 
+/* ---- the access log: the Common Log Format and milliseconds ---- */
+
+/* Bytes that could end the field, the line, or mislead a terminal become \xHH. */
+static void http_log_text(struct buf *out, struct span text)
+{
+    size_t most = out->len + (size_t)limits.log_line_bytes;
+
+    for (size_t i = 0; i < text.n && out->len < most; i++) {
+        unsigned char c = (unsigned char)text.p[i];
+        if (c < 0x20 || c >= 0x7f || c == '"' || c == '\\')
+            buf_add_format(out, "\\x%02x", c);
+        else
+            buf_add_byte(out, c);
+    }
+}
+
+static void http_log_begin(struct http *h)
+{
+    const struct request *r = &h->ex.request;
+    struct sockaddr_storage peer = { 0 };
+    socklen_t size = sizeof peer;
+    char text[INET6_ADDRSTRLEN] = "-", date[40];
+    time_t now = time(NULL);
+    struct tm utc;
+
+    if (access_log.fd < 0 || h->line.len > 0)
+        return;
+    if (getpeername(h->conn.watch.fd, (void *)&peer, &size) == 0 && peer.ss_family == AF_INET)
+        inet_ntop(AF_INET, &((struct sockaddr_in *)(void *)&peer)->sin_addr, text, sizeof text);
+    else if (peer.ss_family == AF_INET6)
+        inet_ntop(AF_INET6, &((struct sockaddr_in6 *)(void *)&peer)->sin6_addr, text, sizeof text);
+    gmtime_r(&now, &utc);
+    strftime(date, sizeof date, "[%d/%b/%Y:%H:%M:%S +0000]", &utc);
+    buf_add_format(&h->line, "%s - - %s \"", text, date);
+    if (h->head_done) {
+        http_log_text(&h->line, request_part(r, r->method));
+        buf_add_byte(&h->line, ' ');
+        http_log_text(&h->line, request_part(r, r->raw_path));
+        if (r->query.n > 0)
+            buf_add_byte(&h->line, '?');
+        http_log_text(&h->line, request_part(r, r->query));
+        buf_add_format(&h->line, " HTTP/%s", r->http_version);
+    } else {
+        buf_add_byte(&h->line, '-');
+    }
+    h->begun_us = kernel_us();
+    h->sent = h->status = 0;
+}
+
+static void http_log_end(struct http *h)
+{
+    char status[12] = "-";
+
+    if (h->line.len == 0)
+        return;
+    if (h->status)
+        snprintf(status, sizeof status, "%d", h->status);
+    buf_add_format(&h->line, "\" %s %" PRId64 " %.3f\n", status, h->sent, (double)(kernel_us() - h->begun_us) / 1e3);
+    if (!h->line.failed)
+        log_put(&access_log, buf_at(&h->line), h->line.len);
+    buf_fini(&h->line);
+}
+
 /* ---- answers of our own ---- */
 
 /* A whole response with one line of text, after which the connection ends. */
@@ -11090,9 +11493,12 @@ static void http_answer(struct http *h, int status, struct span text)
 {
     struct buf *out = &h->conn.out;
 
+    http_log_begin(h);
+    h->status = status;
+    h->sent = h->is_head ? 0 : (int64_t)text.n + 1;
     http_add_status_line(h, status);
     buf_add_format(out, "content-type: text/plain; charset=utf-8\r\n"
-                   "content-length: %zu\r\nconnection: close\r\n", text.n + 1);
+                   "content-length: %zu\r\nconnection: close\r\n%s", text.n + 1, status == 503 ? "retry-after: 1\r\n" : "");
     http_add_date(h);
     buf_add_text(out, "\r\n");
     if (!h->is_head) {
@@ -11141,6 +11547,7 @@ static void http_on_head(struct exchange *ex, const struct response_head *head)
     struct http *h = CONTAINER(ex, struct http, ex);
     struct buf *out = &h->conn.out;
     struct span rest = head->fields, name, value;
+    h->status = head->status;
     bool dated = false, measured = false, is_11 = h->parser.http_minor == 1;
 
     if (head->status == 101) {
@@ -11204,6 +11611,7 @@ static void http_on_data(struct exchange *ex, struct span data)
     if (h->chunked)
         buf_add_text(out, "\r\n");
     h->owed += data.n;
+    h->sent += (int64_t)data.n;
     http_credit(h);
     conn_after(&h->conn, limits.send_ms);
     conn_soon(&h->conn);
@@ -11691,6 +12099,7 @@ static void http_finish_exchange(struct http *h)
 {
     struct conn *c = &h->conn;
 
+    http_log_end(h);
     if (!h->request_done) {         /* it answered without reading all: what is left is not ours to parse */
         c->linger = h->state != HTTP_TUNNEL;        /* where not every host sees that a vsock is half-closed */
         h->keep_alive = false;
@@ -11746,6 +12155,7 @@ static void http_on_request(struct http *h)
     if (h->expects && has_body && h->parser.http_minor == 1)
         buf_add_text(&h->conn.out, "HTTP/1.1 100 Continue\r\n\r\n");
     h->ex.front = &http_front;
+    http_log_begin(h);
     if (h->server->target) {
         exchange_start(&h->ex, h->server->loop, &nobody_backend);
         upstream_request(&h->server->target->runner, &h->ex);
@@ -11877,6 +12287,7 @@ static void http_on_deadline(struct conn *c)
 static void http_on_close(struct conn *c)
 {
     struct http *h = CONTAINER(c, struct http, conn);
+    http_log_end(h);
     exchange_cancel(&h->ex);
     request_fini(&h->ex.request);
     buf_fini(&h->connection);
@@ -11941,7 +12352,7 @@ static int http_open(struct http_server *s)
     s->listener.all = s->conns;
     s->listener.on_accept = http_on_accept;
     s->listener.arg = s;
-    s->listener.full = s->listener.address.tls ? NULL : "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+    s->listener.full = s->listener.address.tls ? NULL : "HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
     return listener_open(&s->listener);
 }
 
@@ -13166,6 +13577,8 @@ struct options {
     const char     *config;         /* the file */
     const char     *folder, *entrypoint;
     char          **args;           /* up to the NULL */
+    int64_t         workers;        /* 0: not said */
+    bool            reload;
     char          **variables;      /* "NAME=VALUE" */
     size_t          variables_len;
     struct settings told;
@@ -13444,8 +13857,9 @@ static void agent_halt(struct agent *a, const char *reason, bool off)
     log_info("halt: %s", reason);
     a->halt_off = off;
     a->halt_state = HALT_PROGRAM;
-    a->halt_end_ms = now_ms() + limits.halt_ms;
-    loop_after(&a->loop, &a->halt_timer, limits.halt_ms);
+    int64_t ms = limits.halt_ms + (a->is_process ? 2 * limits.grace_ms : 0);     /* nobody kills a process meanwhile */
+    a->halt_end_ms = now_ms() + ms;
+    loop_after(&a->loop, &a->halt_timer, ms);
     a->flush = (struct job){ .run = halt_flush, .on_done = halt_on_flushed };
     if (boot_is_machine && job_start(&a->flush, &a->loop, &a->children, "flush", limits.halt_ms) < 0)
         log_errno("halt: flush");
@@ -13506,6 +13920,8 @@ static void agent_on_signal(struct watch *w, uint32_t events)
     while (events && read(w->fd, &info, sizeof info) == sizeof info)
         if (info.ssi_signo == SIGHUP && a->keys && info.ssi_code <= 0)
             agent_reload_tls(a);            /* from a process; above 0: the terminal has gone (sigaction(2)) */
+        else if (info.ssi_signo != SIGCHLD && a->is_process && a->halt_state != HALT_NO)
+            run_end(a);             /* the second time: at once */
         else if (info.ssi_signo != SIGCHLD)
             agent_halt(a, strsignal((int)info.ssi_signo), halt_is_off((int)info.ssi_signo));
     agent_reap(a);
@@ -13558,6 +13974,7 @@ static int agent_override(const struct options *o, struct conf *c, struct buf *w
         c->args = NULL;
         c->args_len = 0;
     }
+    c->workers = o->workers ? o->workers : c->workers;
     for (char **arg = o->args; arg && *arg; arg++)
         if (strings_add(&c->args, &c->args_len, *arg) < 0)
             return conf_wrong(why, "no memory");
@@ -13906,6 +14323,8 @@ static void agent_choose_addresses(struct agent *a, const char *wire, const char
     const struct settings *told = &a->options.told, *file = &a->settings;
     const struct settings *from = told->listen_len ? told : file;
 
+    if (told->access_log || file->access_log)
+        access_log.fd = log_descriptor(1);
     wire = told->wire ? told->wire : file->wire ? file->wire : wire;
     if (wire)
         address_parse(&a->aleph.listener.address, wire);
@@ -14129,12 +14548,27 @@ static const char run_usage[] =
     "  --tls-key FILE       its private key; SIGHUP reads all these files anew\n"
     "  --tls-ca FILE        clients must have a certificate of these authorities\n"
     "  --wire ADDRESS       where a supervisor's instructions come in: vsock:PORT, unix:PATH or fd:N\n"
+    "  --workers N|auto     so many processes, or as many as CPUs; for Python's module:attribute and Node\n"
+    "  --reload             start anew when a file below DIR changes\n"
+    "  --access-log         a line on standard output for each request\n"
     "  --env NAME=VALUE     a variable for the program; may be repeated\n"
     "  --limit NAME=VALUE   README.md has the names; may be repeated\n"
     "  --log debug\n"
     "\n"
-    "SIGTERM stops the program, then it exits with 0. A program that does not start ends it with its exit\n"
-    "code (128 and the number of a signal), or 1.\n";
+    "SIGTERM and ctrl-C stop the program, requests in flight first; then it exits with 0. The second one does not\n"
+    "wait. A program that does not start ends it with its exit code (128 and the number of a signal), or 1.\n";
+
+/* Options without a value. */
+static bool run_take_flag(struct options *o, const char *word)
+{
+    if (strcmp(word, "--reload") == 0)
+        o->reload = true;
+    else if (strcmp(word, "--access-log") == 0)
+        o->told.access_log = true;
+    else
+        return false;
+    return true;
+}
 
 static int run_options(struct options *o, int argc, char **argv)
 {
@@ -14145,10 +14579,16 @@ static int run_options(struct options *o, int argc, char **argv)
 
         if (strcmp(argv[i], "--help") == 0)
             return fputs(run_usage, stdout), -1;
+        if (run_take_flag(o, argv[i])) {
+            i--;
+            continue;
+        }
         if (strcmp(argv[i], "--listen") == 0)
             wrong = strings_add(&o->told.listen, &o->told.listen_len, value) < 0 ? "no memory" : NULL;
         else if (strcmp(argv[i], "--wire") == 0)
             o->told.wire = span_dup(span_of(value));
+        else if (strcmp(argv[i], "--workers") == 0)
+            wrong = workers_read(span_of(value), &o->workers) ? NULL : "expected auto or a number that is not 0 or too large";
         else if (strcmp(argv[i], "--env") == 0 && (value[0] == '=' || !strchr(value, '=')))
             wrong = "expected NAME=VALUE";
         else if (strcmp(argv[i], "--env") == 0)
@@ -14191,18 +14631,12 @@ static const char *run_check(struct agent *a)
     return a->missing[0] ? a->missing : NULL;
 }
 
-/* Its own descriptors and its log, which must not block it: a pipe or terminal is opened anew,
- * a socket cannot be, a file need not. */
 static void run_descriptors(void)
 {
     struct rlimit files;
-    struct stat st = { 0 };
 
     boot_descriptors();
-    if (fstat(2, &st) == 0 && S_ISSOCK(st.st_mode))
-        fd_nonblock(2);
-    else if (!S_ISREG(st.st_mode))
-        boot_console("/proc/self/fd/2");
+    agent_log.fd = log_descriptor(2);
     if (getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur < (rlim_t)limits.conns + 1024) {
         files.rlim_cur = files.rlim_max < (rlim_t)limits.conns + 1024 ? files.rlim_max : (rlim_t)limits.conns + 1024;
         setrlimit(RLIMIT_NOFILE, &files);
@@ -14255,8 +14689,112 @@ static void run_on_setup_failed(struct agent *a)
     agent_halt(a, "the program does not start", false);
 }
 
+/* ---- --reload: inotify(7) on each folder of the code ---- */
+
+#define RELOAD_EVENTS   (IN_CLOSE_WRITE | IN_CREATE | IN_DELETE | IN_DELETE_SELF | IN_MOVE_SELF | IN_MOVED_FROM | IN_MOVED_TO)
+#define RELOAD_AGAIN_MS 1000        /* until a folder that has gone is looked for again */
+
+struct reload {
+    struct watch    watch;          /* of inotify; its deadline comes when all has been silent */
+    struct program *program;
+    char           *folder;
+    int64_t         folders;        /* watched */
+};
+
+/* What no program is made of: written while it runs, or by editors while they save. */
+static bool reload_ignores(const char *name)
+{
+    static const char *const patterns[] = { ".", "..", ".git", ".venv", "__pycache__", "node_modules", ".*.sw?", "*~",
+                                            "4913", "*.pyc", "*.log", "*.pid", "*.db", "*.db-*", "*.sqlite*" };
+    size_t i = 0;
+
+    while (i < COUNT(patterns) && fnmatch(patterns[i], name, 0) != 0)
+        i++;
+    return i < COUNT(patterns);
+}
+
+/* Watches the folder, n bytes of `path`, and those in it, as many as the limit lets. */
+static void reload_add(struct reload *r, char *path, size_t n)
+{
+    if (r->folders >= limits.reload_folders) {
+        if (r->folders++ == limits.reload_folders)
+            log_info("reload: more than %" PRId64 " folders, the others are not watched", limits.reload_folders);
+        return;
+    }
+    if (inotify_add_watch(r->watch.fd, path, RELOAD_EVENTS | IN_ONLYDIR) < 0) {
+        if (errno != ENOENT && errno != ENOTDIR)
+            log_errno("reload: watch %s", path);
+        return;
+    }
+    r->folders++;
+    DIR *d = opendir(path);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        if ((e->d_type != DT_DIR && e->d_type != DT_UNKNOWN) || reload_ignores(e->d_name))
+            continue;
+        int more = snprintf(path + n, PATH_MAX - n, "/%s", e->d_name);
+        if (more < (int)(PATH_MAX - n))
+            reload_add(r, path, n + (size_t)more);
+        path[n] = '\0';
+    }
+    if (d)
+        closedir(d);
+}
+
+/* All anew: folders have come, gone and moved. */
+static void reload_scan(struct reload *r)
+{
+    char path[PATH_MAX];
+
+    if (r->watch.fd >= 0)
+        loop_want(r->program->loop, &r->watch, 0);
+    fd_close(&r->watch.fd);
+    r->watch.fd = inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
+    if (r->watch.fd < 0 || loop_want(r->program->loop, &r->watch, EPOLLIN) < 0) {
+        log_errno("reload");
+        return;
+    }
+    r->folders = 0;
+    reload_add(r, path, (size_t)snprintf(path, sizeof path, "%s", r->folder));
+}
+
+/* Whether there is a change among the events that were read. */
+static bool reload_is_change(const char *bytes, size_t n)
+{
+    struct inotify_event e;
+    bool is = false;
+
+    for (size_t at = 0; !is && at + sizeof e <= n; at += sizeof e + e.len) {
+        memcpy(&e, bytes + at, sizeof e);
+        is = e.mask & IN_Q_OVERFLOW || (e.mask & RELOAD_EVENTS && (e.len == 0 || !reload_ignores(bytes + at + sizeof e)));
+    }
+    return is;
+}
+
+static void reload_on_event(struct watch *w, uint32_t events)
+{
+    struct reload *r = CONTAINER(w, struct reload, watch);
+    char bytes[16 << 10];
+    ssize_t n = SYS_READ(w->fd, bytes, sizeof bytes);
+
+    (void)events;
+    if (n > 0 && reload_is_change(bytes, (size_t)n))
+        loop_after(r->program->loop, w, limits.reload_ms);
+}
+
+static void reload_on_deadline(struct watch *w)
+{
+    struct reload *r = CONTAINER(w, struct reload, watch);
+
+    reload_scan(r);                 /* first: what changes from here on counts again */
+    if (r->folders > 0)
+        program_reload(r->program);
+    else
+        loop_after(r->program->loop, w, RELOAD_AGAIN_MS);
+}
+
 static int run_main(int argc, char **argv)
 {
+    static struct reload reload = { .watch = { .fd = -1, .on_event = reload_on_event, .on_deadline = reload_on_deadline } };
     static struct agent a;
     const char *wrong;
     int usage = run_options(&a.options, argc, argv);
@@ -14281,6 +14819,8 @@ static int run_main(int argc, char **argv)
     a.program.env = environ;
     a.program.optimize = "";
     a.program.picks_port = true;
+    a.program.reloads = a.options.reload;
+    a.program.drain_ms = limits.grace_ms;
     if (!(a.program.folder = run_folder()))
         die("no temporary folder can be made: %s", strerror(errno));
     prctl(PR_SET_DUMPABLE, 0);
@@ -14289,6 +14829,10 @@ static int run_main(int argc, char **argv)
     if (agent_listen(&a, true) < 0) {
         a.exit_code = EXIT_FAILED;
         run_end(&a);
+    }
+    if (a.options.reload && (reload.folder = span_dup(span_of(conf_code_folder(&a.conf))))) {
+        reload.program = &a.program;
+        reload_scan(&reload);
     }
     agent_setup(&a);
     loop_run(&a.loop);

@@ -126,7 +126,9 @@ enum frame_type {
     X(conns,              16384,      16,      1 << 20, "connections open at once, all fronts") \
     X(api_conns,          256,        1,       16384,   "connections to the guest API at once; more wait") \
     X(commands,           16,         1,       256,     "!commands at once") \
-    X(queue,              1024,       1,       65536,   "requests that wait for the program to start") \
+    X(queue,              1024,       1,       65536,   "requests that wait for the program; past it 503 and Retry-After") \
+    X(reload_folders,     8192,       1,       1 << 20, "folders that --reload watches") \
+    X(in_flight,          16384,      1,       1 << 20, "requests that one process of the program has at once") \
     X(overlay_percent,    50,         1,       95,      "part of RAM that the overlay may fill") \
     X(program_memory_percent, 95,     1,       100,     "part of the memory available at boot that the program may use") \
     X(program_pids_percent, 75,       1,       100,     "part of the kernel's processes and threads that the program may start") \
@@ -153,6 +155,7 @@ enum frame_type {
     X(api_wait_ms,        30000,      0,       3600000, "the host's end of the guest API to take a connection") \
     X(api_idle_ms,        300000,     100,     86400000, "silence of a connection to the guest API") \
     X(ready_retry_ms,     20,         1,       10000,   "between two tries to say ready") \
+    X(reload_ms,          200,        1,       60000,   "silence after a change, then --reload starts the program anew") \
     X(backoff_ms,         100,        1,       60000,   "first wait before a restart; doubles") \
     X(backoff_max_ms,     10000,      1,       600000,  "longest wait before a restart")
 
@@ -185,5 +188,6 @@ enum frame_type {
 #define VOLUME_MOUNTS_MAX   1024            /* mounts of anybody that halt detaches */
 #define CONF_FILE_MAX       (1 << 20)       /* a configuration file */
 #define LISTEN_MAX          16              /* addresses for HTTP */
+#define WORKERS_MAX         128             /* processes of one program */
 
 #endif

@@ -115,8 +115,8 @@ static void check_conf(struct conf *c)
     demand(!c->ip || !strpbrk(c->ip, " \n"), "an address");
     demand(conf_copy_program(&copy, c) == 0, "a copy");
     program_marshal(&copy, &marshalled);
-    struct program program = { .conf = copy, .env = program_env_guest, .port = PORT_PROGRAM };
-    char **env = program_env(&program);
+    struct program program = { .conf = copy, .env = program_env_guest };
+    char **env = program_env(&program, PORT_PROGRAM);
     for (size_t n = 0; env && env[n]; n++)
         demand(strchr(env[n], '=') != NULL, "an environment");
     env_free(env);

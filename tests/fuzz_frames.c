@@ -247,7 +247,8 @@ static void answer_instruction(struct fuzz f, bool event)
                                       .state = RUNNER_READY, .child = { .name = "fuzz" } }, .next_id = 1,
                           .channel = { .fd = -1, .on_event = worker_on_event } };
     w->runner.output.watch.fd = -1;
-    p.runner = &w->runner;
+    p.places->runner = &w->runner;
+    p.places->state = PLACE_SERVING;
     p.state = PROGRAM_SERVING;
     server.listener.arg = &server;
     demand(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends) == 0, "a socket pair");

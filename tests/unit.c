@@ -838,8 +838,8 @@ static void test_conf_copy(void)
     check(conf_of(&c, map, sizeof map - 1, &why) == 0 && conf_copy_program(&copy, &c) == 0, "%s", buf_text(&why));
     conf_fini(&c);
     check(span_eq(copy.code, "a=1") && strcmp(copy.entrypoint, "m:a") == 0 && copy.variables_len == 3, "a copy stands alone");
-    struct program owner = { .conf = copy, .port = PORT_PROGRAM, .env = program_env_guest };
-    char **env = program_env(&owner);
+    struct program owner = { .conf = copy, .env = program_env_guest };
+    char **env = program_env(&owner, PORT_PROGRAM);
     unsigned a = 0, home = 0, path = 0, len = 0;
     for (; env[len]; len++) {
         a += strcmp(env[len], "A=2") == 0;
@@ -1673,13 +1673,14 @@ static void test_program_started(void)
         program_init(&p, &loop, &children);
         p.conf.launch = LAUNCH_EXEC;
         p.state = PROGRAM_STARTING;
-        p.runner = &r;
+        p.places->state = PLACE_STARTING;
+        p.places->runner = &r;
         p.on_started = told_started;
         program_told = 0;
-        p.timer.on_deadline(&p.timer);
+        p.places->timer.on_deadline(&p.places->timer);
         check_number("its state", table[i].program, p.state);
         check_number("told", table[i].told, program_told);
-        check(p.timer.heap_at > 0, "row %zu: it is looked at again", i);
+        check(p.places->timer.heap_at > 0, "row %zu: it is looked at again", i);
         free(loop.heap);
         close(loop.epoll_fd);
     }
