@@ -470,6 +470,7 @@ def websocket_credit():
     with Agent("websocket", refill=False) as agent:
         number, stream = agent.websocket("/idle")       # it takes no message: only the first is given credit for
         agent.message(number, BINARY, b"a" * 500000)
+        agent.until(lambda: stream.window > CREDIT // 2)
         for _ in range(3):
             stream.window -= 1012
             agent.frame(number, BINARY, b"b" * 1000, END)
