@@ -38,11 +38,12 @@ issue client ca '/O=Ours, and theirs/CN=Zoë' clientAuth $EC -utf8
 issue server ca /CN=server serverAuth $EC
 issue stranger other /CN=stranger clientAuth $EC
 
-# start OPTION…: `agent run` on $PORT by TLS and on $HTTP in the clear, with what is in $CERTS/now.*.
+# start OPTION…: `agent run` of $PROGRAM on $PORT by TLS and on $HTTP in the clear, with what is in $CERTS/now.*.
+PROGRAM=echo
 start() {
     HTTP=$T/http.sock
     spawn "$T/log" "$AGENT" run --listen "unix:$HTTP" --listen "tls+tcp:127.0.0.1:$PORT" --listen "tls+unix:$T/tls.sock" \
-        --tls-cert "$CERTS/now.chain" --tls-key "$CERTS/now.key" "$@" "$APPS/echo" main:app
+        --tls-cert "$CERTS/now.chain" --tls-key "$CERTS/now.key" "$@" "$APPS/$PROGRAM" main:app
     RUN_PID=$SPAWNED
     wait_for 20 serves && is_alive "$RUN_PID" || { fail "$TEST_NAME: $*: starts" "$(cat "$T/log")"; exit 1; }
 }
@@ -110,6 +111,13 @@ check_clients() {
     drive breaks many garbage
     check 'nothing is left of them' wait_for 10 few_descriptors "$before"
     finish rsa
+}
+
+check_websocket() {
+    use ec
+    PROGRAM=websocket start
+    drive websocket
+    finish websocket
 }
 
 check_slow() {
@@ -213,6 +221,7 @@ END
 
 check_curl
 check_clients
+check_websocket
 check_slow
 check_clients_certificates
 check_reload

@@ -344,6 +344,27 @@ def garbage():
     well("garbage: others are served")
 
 
+def websocket():
+    """Behind it runs apps/websocket (RFC 6455: a client masks what it sends)."""
+    with connect() as sock:
+        sock.sendall(b"GET /echo HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+                     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+        file = sock.makefile("rb")
+        head = b"".join(iter(file.readline, b"\r\n"))
+        expect("WebSocket: accepted", b" 101 " in head and b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in head, head)
+        text, data = b"text", os.urandom(MIB)
+        sock.sendall(b"\x81\x84\0\0\0\0" + text + b"\x82\xff" + struct.pack(">Q", MIB) + b"\0\0\0\0" + data)
+        equal("WebSocket: text", b"\x81\x04text", file.read(6))
+        got, last = b"", False
+        while not last:                 # in fragments, as it likes
+            first, size = file.read(2)
+            size = int.from_bytes(file.read({126: 2, 127: 8}[size]), "big") if size > 125 else size
+            last, got = first & 0x80, got + file.read(size)
+        equal("WebSocket: 1 MiB", data, got)
+        sock.sendall(b"\x88\x82\0\0\0\0\x03\xe8")
+        equal("WebSocket: its end", b"\x88\x02\x03\xe8", file.read(4))
+
+
 def slow():
     """With silent_ms=700."""
     def dribble():
@@ -371,4 +392,4 @@ def slow():
 
 for group in sys.argv[4:]:
     {"transfers": transfers, "ends": ends, "breaks": breaks, "many": many, "suites": suites,
-     "garbage": garbage, "slow": slow}[group]()
+     "garbage": garbage, "slow": slow, "websocket": websocket}[group]()
