@@ -2028,6 +2028,42 @@ static void test_accept_full(void)
     unlink(text + 5);
 }
 
+/* ---- websocket ---- */
+
+/* The cost that a client's bytes can have at most never passes the credit. */
+static size_t ws_credit;
+
+static size_t ws_credit_left(void *stream)
+{
+    (void)stream;
+    return ws_credit;
+}
+
+static void test_websocket(void)
+{
+    static const struct { unsigned code; bool ok; } codes[] = {
+        { 0, false }, { 999, false }, { 1000, true }, { 1003, true }, { 1004, false }, { 1005, false }, { 1006, false },
+        { 1007, true }, { 1012, true }, { 1014, true }, { 1015, false }, { 1016, false }, { 2999, false },
+        { 3000, true }, { 4999, true }, { 5000, false }, { 65535, false },
+    };
+    static const struct websocket_user user = { .room = ws_credit_left };
+    struct websocket ws = { .user = &user, .stream = &ws };
+    struct exchange ex = { .stream = &ws };
+
+    EACH(i, codes)
+        check(websocket_code_ok(codes[i].code) == codes[i].ok, "code %u", codes[i].code);
+    for (ws_credit = 0; ws_credit < 1000; ws_credit++) {
+        size_t raw = websocket_room(&ex);       /* the dearest: empty messages, the first with its last byte only */
+        size_t dearest = raw == 0 ? 0 : WEBSOCKET_PIECE_COST * (1 + (raw - 1) / 6) + (raw - 1) % 6 + 1;
+        check(dearest <= ws_credit, "credit %zu: %zu bytes may cost %zu", ws_credit, raw, dearest);
+        check(raw > 0 || ws_credit < WEBSOCKET_PIECE_COST + 2, "credit %zu: nothing", ws_credit);
+    }
+    ws.unread = CONN_OUT_HIGH;
+    check(websocket_room(&ex) == 0, "a client that does not read its pongs");
+    ws.stream = NULL;
+    check(websocket_room(&ex) > 0, "a client whose Close is still to come");
+}
+
 /* A flood of errors that belong to one connection does not stop the listener. */
 static void test_accept_interrupted(void)
 {
@@ -2281,7 +2317,7 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
     TEST(zip), TEST(describe), TEST(output_lines), TEST(output_flood), TEST(address), TEST(trust), TEST(interest), TEST(http_heads),
     TEST(http_request), TEST(http_phrases), TEST(response_head), TEST(field_next), TEST(program_started), TEST(aleph_request), TEST(aleph_text),
     TEST(aleph_deadlines), TEST(forward), TEST(read_faults), TEST(conn_faults), TEST(output_faults), TEST(accept_full),
-    TEST(accept_interrupted), TEST(no_vsock), TEST(init_options), TEST(node_ranges), TEST(node_find),
+    TEST(accept_interrupted), TEST(websocket), TEST(no_vsock), TEST(init_options), TEST(node_ranges), TEST(node_find),
 };
 
 int main(int argc, char **argv)
