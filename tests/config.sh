@@ -52,7 +52,7 @@ check_fields() {
     local name
     wrong 'unknown: named' 'entrypiont: no such field' '{"entrypiont": "main:app"}'
     wrong 'unknown: control bytes are not printed raw' 'a\?b: no such field' '{"a\nb": 1}'
-    for name in interface encoding input_data vm_hash workers; do
+    for name in interface encoding input_data vm_hash worker; do
         field "unknown: $name is no field of a file" "$name: no such field" "\"$name\": \"x\""
     done
     wrong 'twice: named' 'entrypoint: stands twice' '{"entrypoint": "a:b", "entrypoint": "a:b"}'

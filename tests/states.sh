@@ -6,7 +6,7 @@
 
 mkdir "$T/programs"
 printf '#!/bin/sh\nexec sleep 1000\n' >"$T/programs/deaf"
-printf '#!/bin/sh\nsleep 1.3\nexit 3\n' >"$T/programs/ends"
+printf '#!/bin/sh\nsleep 3\nexit 3\n' >"$T/programs/ends"
 
 executable() { configure --interface executable "$T/programs" "$1"; }
 
