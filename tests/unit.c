@@ -1686,6 +1686,56 @@ static void test_program_started(void)
     }
 }
 
+/* The one with the fewest exchanges, of those that are ready and not full. */
+static void test_program_choose(void)
+{
+    static const struct { enum place_state place[3]; enum runner_state runner[3]; size_t load[3]; int chosen; } table[] = {
+        { { PLACE_SERVING, PLACE_SERVING, PLACE_SERVING }, { RUNNER_READY, RUNNER_READY, RUNNER_READY }, { 2, 1, 3 }, 1 },
+        { { PLACE_SERVING, PLACE_SERVING, PLACE_SERVING }, { RUNNER_READY, RUNNER_READY, RUNNER_READY }, { 1, 1, 1 }, 0 },
+        { { PLACE_SERVING, PLACE_SERVING, PLACE_STARTING }, { RUNNER_READY, RUNNER_BROKEN, RUNNER_STARTING }, { 5, 0, 0 }, 0 },
+        { { PLACE_SERVING, PLACE_SERVING, PLACE_SERVING }, { RUNNER_READY, RUNNER_READY, RUNNER_READY }, { 9, 9, 8 }, 2 },
+        { { PLACE_SERVING, PLACE_SERVING, PLACE_SERVING }, { RUNNER_READY, RUNNER_READY, RUNNER_READY }, { 9, 9, 9 }, -1 },
+        { { PLACE_STARTING, PLACE_STARTING, PLACE_STARTING }, { RUNNER_WARM, RUNNER_READY, RUNNER_STARTING }, { 0, 0, 0 }, -1 },
+    };
+    struct limits before = limits;
+
+    limits.in_flight = 9;
+    EACH(i, table) {
+        struct program p;
+        struct runner r[3] = { { 0 } };
+        program_init(&p, NULL, NULL);
+        p.workers = 3;
+        for (size_t k = 0; k < 3; k++) {
+            r[k].state = table[i].runner[k];
+            r[k].load.n = table[i].load[k];
+            p.places[k].state = table[i].place[k];
+            p.places[k].runner = &r[k];
+        }
+        const struct runner *chosen = program_choose(&p);
+        check_number("chosen", table[i].chosen, chosen ? chosen - r : -1);
+    }
+    limits = before;
+}
+
+/* What counts as a change of the code, for --reload. */
+static void test_reload_change(void)
+{
+    static const struct { uint32_t mask; const char *name; bool is; } table[] = {
+        { IN_CLOSE_WRITE, "main.py", true }, { IN_MOVED_TO, "app.js", true }, { IN_DELETE, "a", true },
+        { IN_DELETE_SELF, "", true }, { IN_Q_OVERFLOW, "", true }, { IN_IGNORED, "", false }, { IN_OPEN, "main.py", false },
+        { IN_CLOSE_WRITE, "main.pyc", false }, { IN_CREATE | IN_ISDIR, "__pycache__", false },
+        { IN_CREATE | IN_ISDIR, "node_modules", false }, { IN_CREATE, ".main.py.swp", false }, { IN_CREATE, "db.sqlite3-journal", false },
+    };
+
+    EACH(i, table) {
+        char bytes[sizeof(struct inotify_event) + 32] = { 0 };
+        struct inotify_event e = { .mask = table[i].mask, .len = table[i].name[0] ? 32 : 0 };
+        memcpy(bytes, &e, sizeof e);
+        snprintf(bytes + sizeof e, 32, "%s", table[i].name);
+        check(reload_is_change(bytes, sizeof e + e.len) == table[i].is, "row %zu: %s", i, table[i].name);
+    }
+}
+
 /* ==== aleph ====================================================================== */
 
 static void aleph_scope(struct buf *out, const char *path, const char *query, const char *field, const char *value)
@@ -2315,7 +2365,7 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
     TEST(limits), TEST(mp_heads), TEST(mp_scan), TEST(mp_write), TEST(mp_read), TEST(conf), TEST(conf_json), TEST(conf_network),
     TEST(conf_volumes), TEST(volumes), TEST(conf_copy), TEST(loop_deadlines), TEST(loop_timeout), TEST(loop_soon), TEST(loop_bury), TEST(modules), TEST(root_options), TEST(root_discard), TEST(hosts),
     TEST(zip), TEST(describe), TEST(output_lines), TEST(output_flood), TEST(address), TEST(trust), TEST(interest), TEST(http_heads),
-    TEST(http_request), TEST(http_phrases), TEST(response_head), TEST(field_next), TEST(program_started), TEST(aleph_request), TEST(aleph_text),
+    TEST(http_request), TEST(http_phrases), TEST(response_head), TEST(field_next), TEST(program_started), TEST(program_choose), TEST(reload_change), TEST(aleph_request), TEST(aleph_text),
     TEST(aleph_deadlines), TEST(forward), TEST(read_faults), TEST(conn_faults), TEST(output_faults), TEST(accept_full),
     TEST(accept_interrupted), TEST(websocket), TEST(no_vsock), TEST(init_options), TEST(node_ranges), TEST(node_find),
 };
