@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# node.sh - the Node shim run by real Nodes, without the agent, and real frameworks in it. Full
-# matrix: it fetches a Node of each generation.
+# node.sh - the Node shim run by real Nodes, without the agent, and real frameworks in it.
+# Full matrix: it fetches a Node of each generation.
 #
 #   tests/node.sh               every check with every Node
 #   tests/node.sh 18 NAME...    these checks with that Node only
