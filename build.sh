@@ -199,7 +199,7 @@ libraries() {
         -DYYJSON_DISABLE_FAST_FP_CONV' \
         vendor/src/yyjson/yyjson.c
     objects zlib '-DHAVE_UNISTD_H -DHAVE_STDARG_H' vendor/src/zlib/*.c
-    gcc -w -O1 -DHAVE_UNISTD_H -o "$OUT/minigzip" vendor/src/zlib/{*.c,test/minigzip.c}
+    gcc -w -O1 -DHAVE_UNISTD_H -Ivendor/src/zlib -o "$OUT/minigzip" vendor/src/zlib/{*.c,test/minigzip.c}
     objects minizip '-DNOCRYPT -DNOUNCRYPT -DUSE_FILE32API' $zip/{zip,unzip,ioapi}.c
     objects wslay -DHAVE_ARPA_INET_H vendor/src/wslay/*.c
     objects mbedtls -Ivendor/src/mbedtls/library vendor/src/mbedtls/library/*.c vendor/mbedtls_*.c
