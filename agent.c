@@ -6397,6 +6397,7 @@ static void websocket_leave(struct websocket *ws, int code, struct span reason)
     if (ws->stream)
         ws->user->gone(ws->stream, code, reason);
     ws->stream = NULL;
+    exchange_unload(ws->ex);        /* its process may be gone before the client is */
     loop_after(ws->ex->loop, &ws->timer, limits.linger_ms);
 }
 
