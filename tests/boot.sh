@@ -1,29 +1,16 @@
 #!/usr/bin/env bash
-# A guest from the kernel's first call of /sbin/init to the reboot: when it is ready, what a
-# program finds there, what both fronts carry, how it ends.
+# A guest from the kernel's first call of /sbin/init to the reboot: what a program finds there,
+# what both fronts carry, how it ends. (When it is ready: ready.sh.)
 . "$(dirname "$0")/lib.sh"
-
-renice -n -10 -p $$ >"$T/renice" 2>&1 || true   # it measures time, other scripts work beside it
 
 MIB=1048576
 HASH=$(printf '0123456789abcdef%.0s' 1 2 3 4)
-READY=()                            # tenths of a millisecond, of every boot
 
 # The timeline's rows as `MILLISECONDS-SINCE-INIT MILLISECONDS NAME`.
 timeline() { sed -nE 's/.* boot: +[0-9.]+ +([0-9.]+) +([0-9.]+)  (.*)/\1 \2 \3/p' "$CONSOLE" | tr -d '\r'; }
 has_timeline() { timeline | grep -q 'ready said'; }
 
-# From the start of init to ready, without what loading modules took.
-note_ready() {
-    wait_for 10 has_timeline || die 'no boot timeline in the console'
-    READY+=("$(timeline | awk '$3 == "modules" { m += $2 } /ready said/ { printf "%d", ($1 - m) * 10 }')")
-    timeline | awk '{ printf "%s%s %s", (NR > 1 ? ", " : "   stages in ms: "), substr($0, index($0, $3)), $2 }
-        END { print "" }'
-}
-
 timeline_has_modules() { timeline | awk '$3 == "modules"' | grep -q .; }
-
-median() { printf '%s\n' "$@" | sort -n | sed -n "$((($# + 1) / 2))p"; }
 
 carry() { "$PYTHON" -B "$TESTS/carry.py" "$SOCK" "$@"; }
 
@@ -72,7 +59,6 @@ halts() {
 # ---- the places ------------------------------------------------------------------------
 
 boot agent.log=debug
-note_ready
 check_eq 'boot: the ready message is heard' 1 "$(grep -c '2\.0\.0' "$GUEST/ready")"
 check 'boot: root is an overlay' mounted overlay / rw
 check 'boot: the old root is at /rom, read-only' mounted ext4 /rom ro
@@ -131,13 +117,11 @@ assert_console_has 'boot: lifespan shutdown at halt' 'lifespan shutdown'
 # ---- other boots -----------------------------------------------------------------------
 
 boot agent.log=debug guest.modules=root
-note_ready
-check 'boot: without vsock and overlay the agent loads them' timeline_has_modules
+check 'boot: without vsock and overlay the agent loads them' wait_for 10 timeline_has_modules
 check 'boot: root is an overlay then, too' mounted overlay / rw
 halts 'before a configuration'
 
 boot agent.log=debug agent.limit.overlay_percent=5 agent.limit.no_such=1 agent.nonsense
-note_ready
 assert_console_has 'boot: an unknown limit is named' 'agent.limit.no_such=1: '
 assert_console_has 'boot: an unknown option is named' 'agent.nonsense: no such option'
 check 'boot: the independent peer configures' peer '
@@ -154,13 +138,6 @@ check_match 'boot: a full overlay is an error of whoever fills it' 'No space lef
     "$(shell 'head -c 200000000 /dev/zero >/full; ls -l /full')"
 check_at_most 'boot: the overlay is capped, in MiB' 50 "$(shell 'du -m /full' | cut -f 1)"
 guest_ok 'boot: well with a full overlay'
-
-boot agent.log=debug guest.modules=root
-note_ready
-boot agent.log=debug
-note_ready
-MEDIAN=$(median "${READY[@]}")
-check_at_most "boot: ready after init started, median of ${READY[*]}, in tenths of a ms" 600 "$MEDIAN"
 
 # A host that begins to listen late. "modules loaded" is the last that the initramfs says.
 start_guest
