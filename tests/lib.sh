@@ -19,7 +19,7 @@
 set -euo pipefail
 
 if [ -z "${TEST_UNDER_TIMEOUT-}" ]; then
-    TEST_UNDER_TIMEOUT=1 exec timeout -k 10 "${TEST_SECONDS:-300}" bash "$0" "$@"
+    TEST_UNDER_TIMEOUT=1 exec timeout -k 10 "${TEST_SECONDS:-600}" bash "$0" "$@"
 fi
 unset TEST_UNDER_TIMEOUT
 
