@@ -31,7 +31,7 @@ cd "$GUEST_ROOT"
 
 start=$(ms)
 serve examples/hello-python main:app
-check 'run: says something within a second' wait_for 1 test -s "$T/served"
+check 'run: says something within a second' wait_for 2 test -s "$T/served"
 wait_for 120 answers_or_ended || true
 took=$(($(ms) - start))
 check 'run: serves HTTP on 127.0.0.1' answers
