@@ -58,8 +58,8 @@ class Host:
 
 def connect():
     s = socket.socket(socket.AF_UNIX)
-    s.settimeout(TIMEOUT)
     s.connect(PROGRAM)
+    s.settimeout(TIMEOUT)
     return s
 
 

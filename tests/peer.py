@@ -21,11 +21,11 @@ class Peer:
 
     def connect(self):
         s = socket.socket(socket.AF_UNIX)
+        plain = self.address.startswith("unix:")
+        s.connect(self.address[5:] if plain else self.address)     # waits while the backlog is full
         s.settimeout(self.timeout)
-        if self.address.startswith("unix:"):
-            s.connect(self.address[5:])
+        if plain:
             return s
-        s.connect(self.address)
         s.sendall(b"CONNECT %d\n" % self.port)
         answer = b""
         while not answer.endswith(b"\n"):

@@ -33,8 +33,8 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n"
 
 def side(**asked):
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(30)
         sock.connect(os.environ["SIDE"])
+        sock.settimeout(30)
         sock.sendall(json.dumps(asked).encode() + b"\n")
         return json.loads(Peer.read_all(sock))
 
