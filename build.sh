@@ -31,9 +31,12 @@ need() {
     ((${#missing[@]})) || return 0
     ((EUID == 0)) || die "needs packages: ${missing[*]} (as root it installs them)"
     say "installing ${missing[*]}"
-    apt_install "${missing[@]}" 2>/dev/null ||
-        { apt-get update -qq -o Acquire::Retries=3 && apt_install "${missing[@]}"; } ||
-        die "cannot install ${missing[*]}"
+    mkdir -p "$BUILD_ROOT/out"
+    (
+        flock 8                                     # apt-get waits for no other's update
+        apt_install "${missing[@]}" 2>/dev/null ||
+            { apt-get update -qq -o Acquire::Retries=3 && apt_install "${missing[@]}"; }
+    ) 8>"$BUILD_ROOT/out/.apt" || die "cannot install ${missing[*]}"
 }
 
 apt_install() {
@@ -325,6 +328,9 @@ run_fuzz() {
         -artifact_prefix="out/fuzz/$1-" "out/fuzz/corpus-$1"
 }
 
+# The root image of the tests' guests, while the compiler works; tests/run.sh tells of failures.
+guest_early() { (. runtimes/guest.sh && guest_base debian-12-test) >/dev/null 2>&1 </dev/null; }
+
 # Two builds at once in one folder would trip over each other.
 locked() { (flock -n 9 || { say 'waiting for another build'; flock 9; }; "$@") 9>out/.lock; }
 
@@ -349,7 +355,7 @@ main() {
     mkdir -p out
     case $word in
     release | arm64 | debug | size) locked "build_$word" ;;
-    test) locked build_release; locked build_debug; exec tests/run.sh "$@" ;;
+    test) guest_early & locked build_release; locked build_debug; exec tests/run.sh "$@" ;;
     fuzz) locked build_fuzz "${1:?NAME is missing}"; run_fuzz "$@" ;;
     bench) locked build_release; exec bench/run.sh "$@" ;;
     run) locked build_release; . runtimes/guest.sh; guest_run "$@" ;;

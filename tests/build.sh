@@ -66,14 +66,16 @@ image_tool() {
     buildah --storage-driver vfs --root "$PWD/out/buildah/images" --runroot "$PWD/out/buildah/run" "$@"
 }
 
-# A Debian 12 from the mirror that this machine uses stands in for the official image.
+# A Debian 12 from the mirror that this machine uses stands in for the official image; with the
+# compiler, which is there in one go with it much sooner.
 base_image() {
     local base
     image_tool inspect --type image debian:12 >/dev/null 2>&1 && return
     mkdir -p out/buildah
     apt-get indextargets --format 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $(SITE) $(RELEASE) $(COMPONENT)' \
         'Created-By: Packages' 'Origin: Debian' | grep bookworm | sort -u >"$T/sources.list"
-    mmdebstrap --quiet --variant=apt bookworm "$T/base.tar" "$T/sources.list" || return 1
+    mmdebstrap --quiet --variant=apt --include=gcc,libc6-dev,make,linux-libc-dev,bzip2,curl,xz-utils \
+        --dpkgopt=force-unsafe-io bookworm "$T/base.tar" "$T/sources.list" || return 1
     base=$(image_tool from scratch) && image_tool add "$base" "$T/base.tar" / >/dev/null &&
         image_tool commit --quiet --rm "$base" debian:12
 }

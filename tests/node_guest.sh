@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Express and Fastify as npm packs them, and a program that listens itself, with Debian's Node
-# in real guests.
+# in real guests. Full matrix: executables.sh and shims.sh have Node without packages.
 . "$(dirname "$0")/lib.sh"
 
 GOOD=(request '/ip?a=1')

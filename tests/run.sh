@@ -68,6 +68,8 @@ guests_work() {
 }
 
 JOBS=3                              # they wait as much as they work
+GUESTS=''                           # yes: some script needs one
+LONGEST='build boot programs volumes guest_init executables'    # first, or one is left at the end
 
 # Some at a time, then those that run alone.
 run_all() {
@@ -106,27 +108,23 @@ run_one() {
 }
 
 main() {
-    local names=("$@") name file chosen=() guests=()
+    local names=("$@") name file chosen=()
     WHAT=named
     if [ $# = 0 ] || [ "$*" = all ]; then
         WHAT=${1:-usual}
-        names=(build)                   # the longest first
+        names=($LONGEST)
         [ ! -x out/debug/unit ] || names+=(unit)
         for file in tests/*.sh; do
             name=${file##*/} name=${name%.sh}
-            [ "$name" = build ] || { [ "$WHAT" = usual ] && is_for_matrix "$name"; } || names+=("$name")
+            [[ " $LONGEST " == *" $name "* ]] || { [ "$WHAT" = usual ] && is_for_matrix "$name"; } || names+=("$name")
         done
     fi
     for name in "${names[@]}"; do
         name=${name##*/} name=${name%.sh}
-        if [ "$name" = unit ] || is_test "$name" && ! is_for_guests "$name"; then
-            chosen+=("$name")
-        elif is_test "$name"; then
-            guests+=("$name")
-        fi
+        ! is_test "$name" || chosen+=("$name")
+        ! is_for_guests "$name" || GUESTS=yes
     done
-    [ ${#guests[@]} = 0 ] || make_guests "${guests[@]}" &
-    chosen+=("${guests[@]}")
+    [ -z "$GUESTS" ] || make_guests "${chosen[@]}" &
     run_all "${chosen[@]}"
     summary
 }

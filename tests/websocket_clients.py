@@ -1,4 +1,4 @@
-"""The client of the package websockets against a server at ws://127.0.0.1:PORT; run by websocket.sh.
+"""The client of the package websockets against a server at ws://127.0.0.1:PORT; run by websocket*.sh.
 
     websocket_clients.py LABEL URL
 
