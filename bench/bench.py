@@ -6,16 +6,20 @@ generator, on the same machine, in one run. build.sh bench calls it.
 All subjects of a row run at once and are measured in turn, round after round; the median
 counts. CPU is what the server's own processes used, in nanoseconds of the scheduler where the
 kernel tells, so other work on the machine disturbs it less than it disturbs rates. Writes
-out/bench/report.md and out/bench/report.svg. Everything listens on 127.0.0.1.
+out/bench/report.md and out/bench/report.svg. Everything listens on 127.0.0.1, or runs in a
+guest.
 """
 import argparse
 import collections
 import contextlib
+import functools
 import glob
 import http.client
 import os
 import platform
 import re
+import select
+import shutil
 import signal
 import socket
 import statistics
@@ -24,14 +28,21 @@ import sys
 import tempfile
 import time
 
+import msgpack
+
+import clients
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAMS = os.path.join(ROOT, "bench", "programs")
 OUT = os.path.join(ROOT, "out", "bench")
 VENV = os.path.join(OUT, "venv", "bin")
 AGENT = os.path.join(ROOT, "out", "agent")
-START_S, STOP_S = 30, 10
+TWO_SCRIPT_INIT = os.environ.get("TWO_SCRIPT_INIT")      # a folder with init0.sh and init1.py
+START_S, STOP_S, BOOT_S = 30, 10, 300
+SETTLE_S = 1
 UPLOAD_BYTES = 100_000
 BEST = "uvicorn, httptools + uvloop"
+VSOCK_ECHO = "vsock echo"
 
 UPLOAD_LUA = """wrk.method = "POST"
 wrk.body = string.rep("x", %d)
@@ -183,20 +194,39 @@ def at_rate(port, connections, seconds, rate):
     return times[int(len(times) * 0.5)], times[int(len(times) * 0.99)], len(times) / seconds
 
 
-def measure(server, load, seconds):
-    before = cpu_seconds(server.pids())
-    requests, rate, p50, p99, errors = load(server, seconds)
-    pids = server.pids()
-    cpu = cpu_seconds(pids) - before
-    return Sample(rate, p50, p99, 1e6 * cpu / max(requests, 1), memory_kib(pids) / 1024, errors)
+def requests(load):
+    """What measures a load: memory is that after it."""
+    def measure(server, seconds):
+        before = cpu_seconds(server.pids())
+        count, rate, p50, p99, errors = load(server, seconds)
+        pids = server.pids()
+        cpu = cpu_seconds(pids) - before
+        return Sample(rate, p50, p99, 1e6 * cpu / max(count, 1), memory_kib(pids) / 1024, errors)
+    return measure
 
 
 def hello(connections, path="/", script=None):
-    return lambda server, seconds: wrk(server.port, connections, seconds, path, script)
+    return requests(lambda server, seconds: wrk(server.port, connections, seconds, path, script))
+
+
+def websockets(connections):
+    """Memory is that while all are open and silent."""
+    def measure(server, seconds):
+        with contextlib.ExitStack() as open_ones:
+            sockets = [clients.websocket(server.port) for _ in range(connections)]
+            for s in sockets:
+                open_ones.callback(clients.websocket_close, s)
+            time.sleep(SETTLE_S)
+            pids = server.pids()
+            memory, before, start = memory_kib(pids) / 1024, cpu_seconds(pids), time.perf_counter()
+            times = clients.echoes(sockets, seconds)
+            took, cpu = time.perf_counter() - start, cpu_seconds(pids) - before
+        return Sample(len(times) / took, *clients.percentiles(times), 1e6 * cpu / len(times), memory, 0)
+    return measure
 
 
 def median(samples):
-    return Sample(*(statistics.median(column) for column in zip(*samples)))
+    return type(samples[0])(*(statistics.median(column) for column in zip(*samples)))
 
 
 # ---- Subjects and rows --------------------------------------------------------------------
@@ -243,6 +273,7 @@ ASGI = [
     ("gunicorn, uvicorn worker", [python("gunicorn", "--bind=127.0.0.1:{port}", "--workers=1", "--log-level=warning",
                                          "--worker-class=uvicorn.workers.UvicornWorker", "asgi:app")]),
 ]
+WEBSOCKET = [subject for subject in ASGI if subject[0] != "uvicorn, plain"]
 WSGI = [
     ("agent", [agent("wsgi:app")]),
     ("gunicorn, sync", [python("gunicorn", "--bind=127.0.0.1:{port}", "--workers=1", "--log-level=warning", "wsgi:app")]),
@@ -259,7 +290,7 @@ EXECUTABLE = [
 ]
 UPLOAD = os.path.join(OUT, "upload.lua")
 
-# name, what it is, subjects, load
+# name, what it is, subjects, what measures one
 ROWS = [
     ("hello1", "hello, 1 connection", ASGI, hello(1)),
     ("hello8", "hello, 8 connections", ASGI, hello(8)),
@@ -269,9 +300,10 @@ ROWS = [
     ("wsgi", "WSGI hello, 16 connections", WSGI, hello(16)),
     ("node", "Node hello, 64 connections", NODE, hello(64)),
     ("proxy", "executable behind a proxy, 64 connections", EXECUTABLE, hello(64)),
+    ("websocket", "64 WebSockets, idle for the memory, then an echo under way on each", WEBSOCKET, websockets(64)),
 ]
 
-# row, column, whom we are compared with, the least (or greatest) ratio
+# row, column, whom we are compared with (None: the figure itself), the least (or greatest) ratio
 GOALS = [
     ("hello64", "cpu_us", BEST, 1 / 1.4), ("hello64", "rate", BEST, 1.2),
     ("hello1", "rate", BEST, 0.9), ("hello8", "rate", BEST, 0.9),
@@ -280,10 +312,11 @@ GOALS = [
     ("node", "rate", "bare Node", 0.85),
     ("proxy", "rate", "nginx to executable", 1.2),
     ("latency", "p99", BEST, 1.0),
+    ("guest", "p50", VSOCK_ECHO, 4.0), ("guest16", "rate", None, 450),
 ]
 
 
-def run_row(title, subjects, load, rounds, seconds):
+def run_row(title, subjects, measure, rounds, seconds):
     """{subject: Sample}"""
     print("== " + title, file=sys.stderr)
     servers = []
@@ -291,26 +324,21 @@ def run_row(title, subjects, load, rounds, seconds):
         for name, commands in subjects:
             servers.append(Server(name, commands))
             servers[-1].await_ready()
-            load(servers[-1], 1)
+            measure(servers[-1], 1)
         for _ in range(rounds):
             for server in servers:
-                server.samples.append(measure(server, load, seconds))
-        results = {server.name: median(server.samples) for server in servers}
+                server.samples.append(measure(server, seconds))
+        return {server.name: median(server.samples) for server in servers}
     finally:
         for server in servers:
             server.stop()
-    for name, s in results.items():
-        print("   %-28s %8.0f/s  p50 %6.2f  p99 %6.2f ms  %6.1f us CPU  %6.1f MiB%s" % (
-            name, s.rate, s.p50, s.p99, s.cpu_us, s.memory_mib, "  %d errors" % s.errors if s.errors else ""),
-            file=sys.stderr)
-    return results
 
 
 def paced(rate):
     def load(server, seconds):
         p50, p99, got = at_rate(server.port, 8, max(1, round(seconds)), rate)
         return int(got * max(1, round(seconds))), got, p50, p99, 0
-    return load
+    return requests(load)
 
 
 def run_latency(rounds, seconds):
@@ -321,74 +349,249 @@ def run_latency(rounds, seconds):
     return title, run_row(title, ASGI[:2], paced(rate), rounds, seconds)
 
 
+# ---- Guests ---------------------------------------------------------------------------------
+
+Boot = collections.namedtuple("Boot", "init_ms all_ms")
+ECHO_PORT, ECHO = 7000, b"x" * 100
+GUEST_REQUESTS = 200
+WIRE = msgpack.packb({"scope": {"type": "http", "path": "/", "method": "GET", "query_string": "",
+                                "headers": [[b"host", b"guest"]], "body": b""}})
+HTTP = b"GET / HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n"
+
+
+class Guest:
+    """One that runs the file `init` as its init. As a server it has pids: its emulator's."""
+
+    def __init__(self, init):
+        self.tmp = tempfile.TemporaryDirectory(prefix="bench.")
+        self.vsock = os.path.join(self.tmp.name, "v.sock")
+        self.log = open(os.path.join(self.tmp.name, "log"), "w+")
+        self.host = socket.socket(socket.AF_UNIX)
+        self.host.bind(self.vsock + "_52")
+        self.host.listen()
+        self.process = subprocess.Popen(["bash", os.path.join(ROOT, "bench", "guest.sh"), init, self.tmp.name],
+                                        stdin=subprocess.PIPE, stdout=self.log, stderr=self.log)
+
+    def pids(self):
+        return tree(self.process.pid)
+
+    def fail(self, what):
+        self.log.seek(0)
+        with contextlib.suppress(OSError), open(self.tmp.name + "/console", errors="replace") as console:
+            what += "\n" + console.read()[-2000:]
+        raise SystemExit("guest: %s\n%s" % (what, self.log.read()[-2000:]))
+
+    def await_ready(self):
+        """From the kernel having loaded its modules and from power on to the ready message, both
+        by this machine's clock. A boot that is tried again gets another console."""
+        console, inode, on, up = self.tmp.name + "/console", None, None, None
+        deadline = time.monotonic() + BOOT_S
+        while not select.select([self.host], [], [], 0.001)[0]:
+            now = time.monotonic()
+            with contextlib.suppress(OSError):
+                if os.stat(console).st_ino != inode:
+                    inode, on, up = os.stat(console).st_ino, now, None
+                if not up:
+                    with open(console, "rb") as f:
+                        up = now if b"modules loaded" in f.read() else None
+            if now > deadline or self.process.poll() is not None:
+                self.fail("not ready")
+        now = time.monotonic()
+        with self.host.accept()[0] as s:
+            message = msgpack.unpackb(b"".join(iter(lambda: s.recv(4096), b"")))
+        if message["version"] != "2.0.0" or not up:
+            self.fail("%r" % message)
+        return Boot(1e3 * (now - up), 1e3 * (now - on))
+
+    def call(self, *words):
+        subprocess.run([AGENT, "call", self.vsock, *words], check=True, stdout=self.log, stderr=self.log)
+
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.host.close()
+        self.log.close()
+        self.tmp.cleanup()
+
+
+def boot_once(init):
+    guest = Guest(init)
+    try:
+        return guest.await_ready()
+    finally:
+        guest.stop()
+
+
+def guest_sample(guest, load, ask, expected):
+    """The answers are as long as the first one, which was looked at: dates differ."""
+    before, start = cpu_seconds(guest.pids()), time.perf_counter()
+    first = ask()
+    if expected not in first:
+        guest.fail("it answers %r" % first)
+    errors = 0
+
+    def checked():
+        nonlocal errors
+        errors += len(ask()) != len(first)
+    times = load(checked)
+    took, cpu = time.perf_counter() - start, cpu_seconds(guest.pids()) - before
+    return Sample(len(times) / took, *clients.percentiles(times), 1e6 * cpu / len(times),
+                  memory_kib(guest.pids()) / 1024, errors)
+
+
+def guest_requests(init, rounds, seconds):
+    """{subject: Sample} of requests in turn and of 16 at once, in one guest."""
+    is_agent = init == AGENT
+    guest = Guest(init)
+    try:
+        guest.await_ready()
+        with tempfile.TemporaryDirectory(prefix="bench.") as code:
+            for file in [os.path.join(PROGRAMS, "asgi.py"), os.path.join(OUT, "vsock")]:
+                shutil.copy(file, code)
+            guest.call("configure", code, "asgi:app")
+        ask = functools.partial(clients.exchange, guest.vsock)
+        subjects = {"agent" if is_agent else "two-script init": (lambda: ask(52, WIRE), b"hello, world\n")}
+        if is_agent:
+            guest.call("shell", "chmod +x /opt/vsock; setsid -f /opt/vsock >/dev/null 2>&1")
+            time.sleep(SETTLE_S)
+            subjects["agent, port 80"] = (lambda: ask(80, HTTP), b"hello, world\n")
+            subjects[VSOCK_ECHO] = (lambda: ask(ECHO_PORT, ECHO, len(ECHO)), ECHO)
+        loads = (functools.partial(clients.in_turn, GUEST_REQUESTS), functools.partial(clients.at_once, 16, seconds))
+        samples = [{name: [] for name in subjects} for _ in loads]
+        for turn in range(rounds + 1):
+            for load, table in zip(loads, samples):
+                for name, subject in subjects.items():
+                    sample = guest_sample(guest, load, *subject)
+                    if turn > 0:        # the first is for warming up
+                        table[name].append(sample)
+        return [{name: median(column) for name, column in table.items()} for table in samples]
+    finally:
+        guest.stop()
+
+
+def run_guest(rounds, seconds):
+    """The rows of guests: (name, title, results)."""
+    inits = {"agent": AGENT, "an init that says ready": os.path.join(OUT, "vsock")}
+    if TWO_SCRIPT_INIT:
+        inits["two-script init"] = os.path.join(TWO_SCRIPT_INIT, "init0.sh")
+    print("== guests", file=sys.stderr)
+    boots = {name: [] for name in inits}
+    for _ in range(rounds):
+        for name, init in inits.items():
+            boots[name].append(boot_once(init))
+    yield "boot", "boot of a guest to its ready message", {name: median(b) for name, b in boots.items()}
+    tables = guest_requests(AGENT, rounds, seconds)
+    if TWO_SCRIPT_INIT:
+        for table, more in zip(tables, guest_requests(inits["two-script init"], rounds, seconds)):
+            table.update(more)
+    yield "guest", "in a guest: hello, in turn, each on a connection of its own", tables[0]
+    yield "guest16", "in a guest: hello, 16 at once, each on a connection of its own", tables[1]
+
+
 # ---- Reports --------------------------------------------------------------------------------
+
+FORMATS = {
+    Sample: (["requests/s", "p50 ms", "p99 ms", "CPU µs/request", "memory MiB", "errors"],
+             ["%.0f", "%.2f", "%.2f", "%.1f", "%.1f", "%d"]),
+    Boot: (["ms from a kernel with its modules", "ms from power on"], ["%.0f", "%.0f"]),
+}
+
+
+def formats(subjects):
+    return FORMATS[type(next(iter(subjects.values())))]
+
+
+def tell(subjects):
+    heads, forms = formats(subjects)
+    for name, s in subjects.items():
+        print("   %-28s " % name + "  ".join((form + " " + head) % value for head, form, value in zip(heads, forms, s)),
+              file=sys.stderr)
+
+
+def goals(results):
+    """Rows of the table of goals, for what was measured."""
+    for row, column, other, goal in GOALS:
+        title, subjects = results.get(row, ("", {}))
+        if "agent" not in subjects or (other and other not in subjects):
+            continue
+        got = getattr(subjects["agent"], column) / (getattr(subjects[other], column) if other else 1)
+        at_least = column == "rate"
+        good = got >= goal if at_least else got <= goal
+        digits = "%.2f" if other else "%.0f"
+        yield "| %s | %s | %s | %s | %s %s | %s |" % (title, column, other or "", digits % got, ">=" if at_least else "<=",
+                                                      digits % goal, "met" if good else "missed")
+
 
 def markdown(results, args):
     cpu = re.search(r"model name\s*: (.*)", open("/proc/cpuinfo").read())
     lines = ["# Benchmarks", "", "%s, %d CPUs%s, %s. Each figure is the median of %d runs of %g s." % (
         time.strftime("%Y-%m-%d", time.gmtime()), os.cpu_count(), " (%s)" % cpu.group(1) if cpu else "",
         platform.system() + " " + platform.release(), args.rounds, args.seconds),
-        "CPU is that of the server's processes, per request; memory is their proportional share after the load."]
-    for name, (title, subjects) in results.items():
-        lines += ["", "## " + title[0].upper() + title[1:], "",
-                  "| | requests/s | p50 ms | p99 ms | CPU µs/request | memory MiB | errors |",
-                  "|---|---:|---:|---:|---:|---:|---:|"]
-        for subject, s in subjects.items():
-            lines.append("| %s | %.0f | %.2f | %.2f | %.1f | %.1f | %d |" % ((subject,) + s))
-    lines += ["", "## Goals", "", "| | | compared with | ratio | goal | |", "|---|---|---|---:|---:|---|"]
-    for row, column, other, goal in GOALS:
-        if row not in results or other not in results[row][1]:
-            continue
-        title, subjects = results[row]
-        ratio = getattr(subjects["agent"], column) / getattr(subjects[other], column)
-        good = ratio >= goal if column == "rate" else ratio <= goal
-        lines.append("| %s | %s | %s | %.2f | %s %.2f | %s |" % (
-            title, column, other, ratio, ">=" if column == "rate" else "<=", goal, "met" if good else "missed"))
-    return "\n".join(lines) + "\n"
+        "CPU is that of the server's processes, per request; memory is their proportional share after the load.",
+        "Of a guest both are the emulator's; a run of its requests in turn has %d." % GUEST_REQUESTS]
+    for title, subjects in results.values():
+        heads, forms = formats(subjects)
+        lines += ["", "## " + title[0].upper() + title[1:], "", "| | " + " | ".join(heads) + " |",
+                  "|---|" + "---:|" * len(heads)]
+        lines += ["| " + " | ".join([name] + [form % value for form, value in zip(forms, s)]) + " |"
+                  for name, s in subjects.items()]
+    lines += ["", "## Goals", "", "| | | compared with | ratio or figure | goal | |", "|---|---|---|---:|---:|---|"]
+    return "\n".join(lines + list(goals(results))) + "\n"
 
 
 def svg(results):
-    """A bar for each subject of each row: requests per second, longest in its row."""
+    """A bar for each subject of each row: its first column, longest in its row."""
     y, parts = 10, []
     for title, subjects in results.values():
-        most = max(s.rate for s in subjects.values())
-        parts.append('<text x="10" y="%d" font-weight="bold">%s (requests/s)</text>' % (y + 14, title))
+        most = max(s[0] for s in subjects.values())
+        parts.append('<text x="10" y="%d" font-weight="bold">%s (%s)</text>' % (y + 14, title, formats(subjects)[0][0]))
         y += 22
         for name, s in subjects.items():
             parts.append('<text x="200" y="%d" text-anchor="end">%s</text>'
                          '<rect x="208" y="%d" width="%.1f" height="13" fill="%s"/>'
                          '<text x="%.1f" y="%d">%.0f</text>' % (
-                             y + 11, name, y, 420 * s.rate / most, "#2563eb" if name == "agent" else "#9ca3af",
-                             214 + 420 * s.rate / most, y + 11, s.rate))
+                             y + 11, name, y, 420 * s[0] / most, "#2563eb" if name.startswith("agent") else "#9ca3af",
+                             214 + 420 * s[0] / most, y + 11, s[0]))
             y += 17
         y += 12
     return ('<svg xmlns="http://www.w3.org/2000/svg" width="700" height="%d" font-family="sans-serif" '
             'font-size="12"><rect width="100%%" height="100%%" fill="white"/>\n%s\n</svg>\n' % (y, "\n".join(parts)))
 
 
+def rows(chosen, rounds, seconds):
+    """(name, title, {subject: figures}), measured one after the other."""
+    for name, title, subjects, measure in ROWS:
+        if name in chosen:
+            yield name, title, run_row(title, subjects, measure, rounds, seconds)
+    if "latency" in chosen:
+        yield ("latency", *run_latency(rounds, seconds))
+    if "guest" in chosen:
+        yield from run_guest(rounds, seconds)
+
+
 def main():
+    known = [row[0] for row in ROWS] + ["latency", "guest"]
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="runs of 1 s instead of 3")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="of: " + ", ".join([r[0] for r in ROWS] + ["latency"]))
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="of: " + ", ".join(known))
     args = parser.parse_args()
     args.seconds = 1 if args.quick else 3
-    unknown = set(args.rows) - {row[0] for row in ROWS} - {"latency"}
+    unknown = set(args.rows) - set(known)
     if unknown:
         parser.error("no such row: " + ", ".join(sorted(unknown)))
     with open(UPLOAD, "w") as f:
         f.write(UPLOAD_LUA)
     results = {}
-    for name, title, subjects, load in ROWS:
-        if not args.rows or name in args.rows:
-            results[name] = title, run_row(title, subjects, load, args.rounds, args.seconds)
-    if not args.rows or "latency" in args.rows:
-        results["latency"] = run_latency(args.rounds, args.seconds)
-    report = markdown(results, args)
-    with open(os.path.join(OUT, "report.md"), "w") as f:
-        f.write(report)
-    with open(os.path.join(OUT, "report.svg"), "w") as f:
-        f.write(svg(results))
+    for name, title, subjects in rows(args.rows or known, args.rounds, args.seconds):
+        tell(subjects)
+        results[name] = title, subjects
+        # After every row: one that fails does not take the others with it.
+        report = markdown(results, args)
+        with open(os.path.join(OUT, "report.md"), "w") as f:
+            f.write(report)
+        with open(os.path.join(OUT, "report.svg"), "w") as f:
+            f.write(svg(results))
     print(report)
 
 

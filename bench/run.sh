@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bench/run.sh [--quick] [--rounds N] [ROW…]: what ./build.sh bench runs. Installs the other
-# servers into out/bench, compiles the executable that stands behind the proxies and measures.
+# servers into out/bench, compiles the executables of bench/programs and measures.
 set -euo pipefail
 . "$(dirname "$0")/../build.sh"
 cd "$BUILD_ROOT"
@@ -8,7 +8,7 @@ cd "$BUILD_ROOT"
 need gcc libc6-dev nginx-light nghttp2-client python3-venv wrk
 command -v node >/dev/null || need nodejs
 
-PIP=(uvicorn httptools uvloop hypercorn gunicorn websockets)
+PIP=(uvicorn httptools uvloop hypercorn gunicorn websockets msgpack)
 mkdir -p out/bench
 if [[ $(cat out/bench/venv/made-with 2>/dev/null) != "${PIP[*]}" ]]; then
     say "installing ${PIP[*]} into out/bench/venv"
@@ -17,4 +17,5 @@ if [[ $(cat out/bench/venv/made-with 2>/dev/null) != "${PIP[*]}" ]]; then
     echo "${PIP[*]}" >out/bench/venv/made-with
 fi
 gcc -O2 bench/programs/server.c -o out/bench/server
+gcc -O2 -static bench/programs/vsock.c -o out/bench/vsock
 exec out/bench/venv/bin/python bench/bench.py "$@"
