@@ -4694,12 +4694,11 @@ static int child_spawn(struct children *all, struct child *c, const struct spawn
     return 0;
 }
 
-/* To the child and its process group (it leads one: setsid). */
+/* To the child and its process group (it leads one: setsid), once: many a program takes a second
+ * SIGTERM for impatience. */
 static void child_signal(const struct child *c, int sig)
 {
-    if (c->group > 0)
-        kill(-c->group, sig);
-    if (c->pid > 0)                             /* it may not have called setsid yet */
+    if ((c->group <= 0 || kill(-c->group, sig) < 0) && c->pid > 0)  /* it may not have called setsid yet */
         kill(c->pid, sig);
 }
 
@@ -5231,6 +5230,36 @@ static bool ip_read(struct span s, unsigned char ip[16])
     snprintf(text, sizeof text, "%.*s", (int)s.n, s.p);
     memcpy(ip, mapped, sizeof mapped);
     return inet_pton(AF_INET, text, ip + sizeof mapped) == 1 || inet_pton(AF_INET6, text, ip) == 1;
+}
+
+struct endpoint {
+    char     ip[INET6_ADDRSTRLEN];  /* "": it is no IP address */
+    uint16_t port;
+};
+
+static void endpoint_take(struct endpoint *e, const struct sockaddr_storage *sa)
+{
+    const struct sockaddr_in *in = (const void *)sa;
+    const struct sockaddr_in6 *in6 = (const void *)sa;
+
+    if (sa->ss_family == AF_INET)
+        inet_ntop(AF_INET, &in->sin_addr, e->ip, sizeof e->ip);
+    else if (sa->ss_family == AF_INET6 && IN6_IS_ADDR_V4MAPPED(&in6->sin6_addr))
+        inet_ntop(AF_INET, (const char *)&in6->sin6_addr + 12, e->ip, sizeof e->ip);
+    else if (sa->ss_family == AF_INET6)
+        inet_ntop(AF_INET6, &in6->sin6_addr, e->ip, sizeof e->ip);
+    if (e->ip[0])                           /* both ports stand at the same place */
+        e->port = ntohs(in->sin_port);
+}
+
+/* This end of a socket. */
+static void endpoint_take_own(struct endpoint *e, int fd)
+{
+    struct sockaddr_storage sa = { 0 };
+    socklen_t size = sizeof sa;
+
+    if (getsockname(fd, (void *)&sa, &size) == 0)
+        endpoint_take(e, &sa);
 }
 
 /* Of a list with commas, the first item, which is taken from it. */
@@ -5905,8 +5934,8 @@ struct request {
     struct buf  text;               /* what the parts point into */
     struct part method, raw_path, query, event;
     struct part upgrade;            /* the protocol that the client offers to change to; n is 0: none */
-    struct part client;             /* its IP address; n is 0: not known */
-    uint16_t    client_port;        /* 0: not known */
+    struct part client, server;     /* IP addresses, of the client and ours; n is 0: not known */
+    uint16_t    client_port, server_port;       /* 0: not known */
     bool        is_https;           /* between the client and whoever spoke TLS with it */
     bool        forwarded;          /* the fields tell of both as well */
     struct part fields;             /* fields_count times name NUL value NUL, as the client wrote them */
@@ -6937,8 +6966,8 @@ static void marshal_scope(struct buf *out, const struct request *r)
     }
     marshal_key(out, "server");
     marshal_tuple(out, 2);
-    marshal_key(out, "localhost");
-    marshal_int(out, PORT_HTTP);
+    marshal_str(out, r->server.n > 0 ? request_part(r, r->server) : SPAN("localhost"));
+    marshal_int(out, r->server.n > 0 ? r->server_port : r->is_https ? PORT_HTTPS : PORT_HTTP);
     marshal_key(out, "headers");
     marshal_list(out, r->fields_count);
     for (rest = request_part(r, r->fields); field_next(&rest, &name, &value);) {
@@ -11347,8 +11376,7 @@ struct http_server {
 struct http {
     struct conn         conn;       /* first member */
     struct http_server *server;
-    char                peer[INET6_ADDRSTRLEN];     /* its IP address, or "" */
-    uint16_t            peer_port;
+    struct endpoint     peer, own;  /* what is connected with what */
     bool                trusted;                    /* what it says of whom it speaks for counts */
     enum http_state     state;
     llhttp_t            parser;
@@ -11974,9 +12002,9 @@ static struct span forwarded_client(struct span list, struct span trust)
 static void http_take_client(struct http *h)
 {
     struct request *r = &h->ex.request;
-    struct span client = span_of(h->peer), rest = request_part(r, r->fields), name, value;
+    struct span client = span_of(h->peer.ip), rest = request_part(r, r->fields), name, value;
 
-    r->client_port = h->peer_port;
+    r->client_port = h->peer.port;
     if (r->forwarded && !h->trusted) {
         http_drop_fields(h, http_is_forged);
         r->forwarded = false;
@@ -11995,6 +12023,10 @@ static void http_take_client(struct http *h)
     r->client = request_part_begin(r);
     buf_add_text(&r->text, copy);
     request_part_end(r, &r->client);
+    r->server = request_part_begin(r);
+    buf_add_text(&r->text, h->own.ip);
+    request_part_end(r, &r->server);
+    r->server_port = h->own.port;
 }
 
 /* Only what the client names in Connection too is an offer (RFC 9110 section 7.8). */
@@ -12023,7 +12055,7 @@ static int http_on_headers_complete(llhttp_t *parser)
         request_add_field(r, SPAN(FIELD_SUBJECT), span_of(h->conn.tls->subject));
         request_part_end(r, &r->fields);
     }
-    if (h->peer[0] || r->forwarded)
+    if (h->peer.ip[0] || r->forwarded)
         http_take_client(h);
     if (h->upgrade.len > 0)
         http_take_upgrade(h);
@@ -12306,22 +12338,15 @@ static const struct proto http_proto = {
     .room = http_room, .reads_in_place = true,
 };
 
-/* The peer's address, and whether it is trusted: by default unless it has an IP address. */
+/* Who is connected, and whether it is trusted: by default unless it has an IP address. */
 static void http_take_peer(struct http *h, const struct listener *l)
 {
-    const struct sockaddr_in *in = (const void *)&l->peer;
-    const struct sockaddr_in6 *in6 = (const void *)&l->peer;
     struct span trust = l->address.trust;
 
-    if (l->peer.ss_family == AF_INET)
-        inet_ntop(AF_INET, &in->sin_addr, h->peer, sizeof h->peer);
-    else if (l->peer.ss_family == AF_INET6 && IN6_IS_ADDR_V4MAPPED(&in6->sin6_addr))
-        inet_ntop(AF_INET, (const char *)&in6->sin6_addr + 12, h->peer, sizeof h->peer);
-    else if (l->peer.ss_family == AF_INET6)
-        inet_ntop(AF_INET6, &in6->sin6_addr, h->peer, sizeof h->peer);
-    if (h->peer[0])                         /* both ports stand at the same place */
-        h->peer_port = ntohs(in->sin_port);
-    h->trusted = trust.n == 0 ? !h->peer[0] : trust_has(trust, h->peer[0] ? span_of(h->peer) : SPAN("-"));
+    endpoint_take(&h->peer, &l->peer);
+    if (h->peer.ip[0])
+        endpoint_take_own(&h->own, h->conn.watch.fd);
+    h->trusted = trust.n == 0 ? !h->peer.ip[0] : trust_has(trust, h->peer.ip[0] ? span_of(h->peer.ip) : SPAN("-"));
 }
 
 static void http_on_accept(struct listener *l, int fd)
@@ -14044,6 +14069,21 @@ static int agent_read_conf(struct agent *a)
 
 static int agent_listen(struct agent *a, bool late);   /* an address may be one that setup has given */
 
+/* For a person: what the program itself says of its port need not be where it is served. */
+static void agent_tell_addresses(const struct agent *a)
+{
+    for (const struct http_server *h = a->http; h < a->http + a->http_len; h++) {
+        struct endpoint own = { 0 };
+        endpoint_take_own(&own, h->listener.watch.fd);
+        bool v6 = strchr(own.ip, ':');
+        if (own.ip[0])
+            log_info("serving http%s://%s%s%s:%u/", h->listener.address.tls ? "s" : "", v6 ? "[" : "", own.ip,
+                     v6 ? "]" : "", own.port);
+        else
+            log_info("serving %s", h->listener.address.text);
+    }
+}
+
 /* A file's program does not start: nobody but us will try again. A host may send another
  * meanwhile. */
 static void agent_on_setup(struct setup *s, bool ok, struct span text, struct span traceback)
@@ -14053,6 +14093,8 @@ static void agent_on_setup(struct setup *s, bool ok, struct span text, struct sp
     if (ok) {
         buf_fini(&a->conf_text);
         agent_listen(a, true);
+        if (a->is_process)
+            agent_tell_addresses(a);
         return;
     }
     snprintf(a->missing, sizeof a->missing, "%.*s", (int)(utf8_cut(text, sizeof a->missing - 1).n), text.p);

@@ -29,6 +29,7 @@
 #define PORT_ALEPH      52      /* host to guest: instructions; guest to host: ready */
 #define PORT_API        53      /* guest to host: the guest API, from PATH_API_SOCKET */
 #define PORT_HTTP       80      /* host to guest: the program, plain HTTP/1.1 */
+#define PORT_HTTPS      443     /* what a program is told of a client by TLS whose port is not known */
 
 /* TCP, loopback of the guest: where a program listens that is no Python worker. */
 #define PORT_PROGRAM    8080

@@ -1216,6 +1216,9 @@ class Worker:
         await self.drain()
         await lifespan.shutdown()
         self.channel.finish()
+        for number in (signal.SIGTERM, signal.SIGINT):  # it ends already, and what runs at exit shall
+            self.loop.remove_signal_handler(number)     # else the loop's end puts back the default
+            signal.signal(number, signal.SIG_IGN)
         timer = threading.Timer(EXIT_S, leave, (0,))    # for what will not end by itself
         timer.daemon = True
         timer.start()

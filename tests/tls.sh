@@ -86,7 +86,10 @@ check_curl() {
 check_clients() {
     local version out before
     check_eq 'a Unix socket' xx "$(get --unix-socket "$T/tls.sock" "https://localhost/bytes/2")"
-    check_match 'plain HTTP beside it' '"scheme": "http"' "$(http /)"
+    check_match 'plain HTTP beside it' '"scheme": "http".*"server": \["localhost", 80\]' "$(http /)"
+    check_match 'the program is told what was connected to' "\"scheme\": \"https\".*\"server\": \\[\"127.0.0.1\", $PORT\\]" "$(get "$URL/")"
+    check_match 'and on a Unix socket the port of the scheme' '"server": \["localhost", 443\]' \
+        "$(get --unix-socket "$T/tls.sock" https://localhost/)"
     for version in 2 3; do
         out=$(s_client -tls1_$version -alpn h2,http/1.1)
         check_match "openssl: TLS 1.$version" "^New, TLSv1.$version, Cipher is (ECDHE|TLS)_?.*(GCM|POLY)" "${out//-/_}"
