@@ -159,6 +159,26 @@ is_stripped() { ! readelf -SW "$1" | grep -E 'symtab|debug'; }
 has_no_writable_code() { ! readelf -lW "$1" | grep -E 'RWE|GNU_STACK.*E '; }
 names_no_folder() { ! grep -aoE "$GUEST_ROOT|/usr/(lib|include|[a-z0-9_]*-linux-gnu)/[a-z]*" "$1"; }
 
+# ---- Certificates ------------------------------------------------------------------------
+
+# All in the folder $CERTS.
+# authority NAME: its own key and certificate; issue NAME AUTHORITY SUBJECT USE KEY…: a key and its
+# certificate, with that of the authority in NAME.chain.
+authority() {
+    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj "/CN=$1" \
+        -keyout "$CERTS/$1.key" -out "$CERTS/$1.pem" 2>/dev/null
+}
+
+issue() {
+    local name=$1 by=$2 subject=$3 use=$4
+    shift 4
+    openssl req -newkey "$@" -nodes -subj "$subject" -keyout "$CERTS/$name.key" -out "$CERTS/$name.csr" 2>/dev/null
+    openssl x509 -req -in "$CERTS/$name.csr" -CA "$CERTS/$by.pem" -CAkey "$CERTS/$by.key" -CAcreateserial -days 2 \
+        -extfile <(printf 'subjectAltName=DNS:localhost,IP:127.0.0.1\nextendedKeyUsage=%s\n' "$use") \
+        -out "$CERTS/$name.pem" 2>/dev/null
+    cat "$CERTS/$name.pem" "$CERTS/$by.pem" >"$CERTS/$name.chain"
+}
+
 # ---- Guests -------------------------------------------------------------------------------
 
 # boot [KERNEL ARGUMENT…] [-- QEMU ARGUMENT…]: a guest with the agent as its init, up to its

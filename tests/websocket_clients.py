@@ -1,11 +1,12 @@
-"""The client of the package websockets against a server at ws://127.0.0.1:PORT; run by websocket*.sh.
+"""The client of the package websockets against a server at ws://127.0.0.1:PORT or wss://; run by websocket*.sh.
 
-    websocket_clients.py LABEL URL
+    websocket_clients.py LABEL URL [scope]
 
-The server echoes what comes to /echo and ends /bye?CODE with that code. Each check is one line,
-`ok NAME` or `FAIL NAME: why`.
+The server echoes what comes to /echo and ends /bye?CODE with that code; with `scope` it tells its scope at
+/scope. Each check is one line, `ok NAME` or `FAIL NAME: why`.
 """
 import asyncio
+import json
 import os
 import sys
 
@@ -44,6 +45,11 @@ async def main():
         await ws.write_frame(True, 1, b"no \xff UTF-8")
         await asyncio.wait_for(ws.wait_closed(), 30)
         equal("what is no UTF-8 is 1007", 1007, ws.close_code)
+    if "scope" in sys.argv[3:]:
+        async with websockets.connect(URL + "/scope", **options) as ws:
+            scope = json.loads(await ws.recv())
+            scheme, host, port = URL.replace("//", "").split(":")
+            equal("its scope has the scheme and the server", [scheme, [host, int(port)]], [scope["scheme"], scope["server"]])
     all = [await websockets.connect(URL + "/echo", **options) for _ in range(64)]
     for number, ws in enumerate(all):
         await ws.send(str(number))

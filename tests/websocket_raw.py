@@ -151,7 +151,7 @@ def group_handshakes():
     with Socket(b"/scope?a=%20b", b"Sec-WebSocket-Protocol: x,y\r\n") as ws:
         scope = json.loads(ws.message()[1])
         equal("scope", {"type": "websocket", "http_version": "1.1", "scheme": "ws", "path": "/scope", "query_string": "b'a=%20b'",
-                        "root_path": "", "subprotocols": ["x", "y"], "extensions": {"websocket.http.response": {}},
+                        "root_path": "", "server": ["localhost", 80], "subprotocols": ["x", "y"], "extensions": {"websocket.http.response": {}},
                         "asgi": {"version": "3.0", "spec_version": "2.4"}, "state": {}}, scope)
     ask("/clear")
     with Client() as client:

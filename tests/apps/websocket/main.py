@@ -5,18 +5,7 @@ import os
 import struct
 
 log = []
-BROWSER = b"""<!doctype html><script>
-let said = "";
-const say = (text) => fetch("/report?" + (said += text + "_"));
-const ws = new WebSocket(`ws://${location.host}/echo`);
-ws.binaryType = "arraybuffer";
-ws.onopen = () => ws.send("text");
-ws.onmessage = ({ data }) => {
-    if (typeof data == "string") return say(data), ws.send(new Uint8Array(1 << 24));
-    say("binary" + data.byteLength);
-    new WebSocket(`ws://${location.host}/bye?4000`).onclose = ({ code }) => say("code" + code);
-};
-</script>"""
+BROWSER = open(os.path.join(os.path.dirname(__file__), "browser.html"), "rb").read()
 
 
 async def echo(receive, send):
@@ -59,7 +48,7 @@ async def app(scope, receive, send):
     await send({"type": "websocket.accept", "subprotocol": (scope["subprotocols"] or [None])[-1],
                 "headers": [(b"x-accepted", b"yes"), (b"connection", b"close"), (b"sec-websocket-extensions", b"permessage-deflate")]})
     if path == "/scope":
-        names = ("type", "http_version", "scheme", "path", "query_string", "root_path", "subprotocols", "extensions", "asgi", "method", "state")
+        names = ("type", "http_version", "scheme", "path", "query_string", "root_path", "server", "subprotocols", "extensions", "asgi", "method", "state")
         await send({"type": "websocket.send", "text": json.dumps({name: scope[name] for name in names if name in scope}, default=str)})
     if path == "/bye":
         await send({"type": "websocket.close", "code": int(query or 1000), "reason": "so it is"})
