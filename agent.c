@@ -634,9 +634,9 @@ struct watch {
     void        (*on_deadline)(struct watch *);
     int64_t       deadline_ms;      /* monotonic */
     int64_t       heap_ms;          /* when it is looked at: the deadline, or before it was put off */
-    size_t        heap_at;          /* place in the heap, from 1; 0 = no deadline */
+    size_t        heap_at;          /* place in the heap, from 1; 0 = no deadline; HEAP_FULL */
     bool          soon, buried;
-    struct watch *next_soon, *next_buried;
+    struct watch *next_soon, *next_buried, *next_unplaced;
     void        (*on_bury)(struct watch *);
 };
 
@@ -646,9 +646,13 @@ struct loop {
     uint64_t       turn;
     struct watch **heap;            /* heap[1] is looked at next */
     size_t         heap_len, heap_cap;
+    struct watch  *unplaced;        /* the heap found no memory for their deadlines: looked at every turn */
     struct watch  *soon_first, **soon_last;
     struct watch  *buried;
 };
+
+#define HEAP_FULL       SIZE_MAX
+#define HEAP_RETRY_MS   100
 
 static int loop_init(struct loop *l)
 {
@@ -698,9 +702,15 @@ static void loop_never(struct loop *l, struct watch *w)
 {
     size_t at = w->heap_at;
 
-    if (at == 0)
-        return;
     w->heap_at = 0;
+    if (at == HEAP_FULL) {
+        struct watch **link = &l->unplaced;
+        while (*link != w)
+            link = &(*link)->next_unplaced;
+        *link = w->next_unplaced;
+    }
+    if (at == 0 || at == HEAP_FULL)
+        return;
     struct watch *last = l->heap[l->heap_len--];
     if (last != w) {
         heap_put(l, at, last);
@@ -713,27 +723,36 @@ static void loop_never(struct loop *l, struct watch *w)
     }
 }
 
-/* Calls w->on_deadline once, `ms` from now, instead of any earlier wish. -1: no memory. Every
- * request puts its connection's off: the heap learns of that when the first one comes. */
-static int loop_after(struct loop *l, struct watch *w, int64_t ms)
+static void heap_add(struct loop *l, struct watch *w)
+{
+    if (l->heap_len + 2 > l->heap_cap) {
+        size_t cap = l->heap_cap ? 2 * l->heap_cap : 64;
+        struct watch **heap = realloc(l->heap, cap * sizeof(struct watch *));
+        if (!heap) {
+            w->heap_at = HEAP_FULL;
+            w->next_unplaced = l->unplaced;
+            l->unplaced = w;
+            return;
+        }
+        l->heap = heap;
+        l->heap_cap = cap;
+    }
+    heap_put(l, ++l->heap_len, w);
+    heap_sift(l, l->heap_len);
+}
+
+/* Calls w->on_deadline once, `ms` from now, instead of any earlier wish. Every request puts its
+ * connection's off: the heap learns of that when the first one comes. */
+static void loop_after(struct loop *l, struct watch *w, int64_t ms)
 {
     w->deadline_ms = now_ms() + ms;
     if (w->heap_at > 0 && w->deadline_ms >= w->heap_ms)
-        return 0;
+        return;
     w->heap_ms = w->deadline_ms;
-    if (w->heap_at == 0) {
-        if (l->heap_len + 2 > l->heap_cap) {
-            size_t cap = l->heap_cap ? 2 * l->heap_cap : 64;
-            struct watch **heap = realloc(l->heap, cap * sizeof(struct watch *));
-            if (!heap)
-                return -1;
-            l->heap = heap;
-            l->heap_cap = cap;
-        }
-        heap_put(l, ++l->heap_len, w);
-    }
-    heap_sift(l, w->heap_at);
-    return 0;
+    if (w->heap_at == 0)
+        heap_add(l, w);
+    else if (w->heap_at != HEAP_FULL)
+        heap_sift(l, w->heap_at);
 }
 
 /* Calls w->on_event(w, 0) at the end of this turn. */
@@ -784,6 +803,8 @@ static int loop_timeout(const struct loop *l)
     int64_t ms = l->heap_len > 0 ? l->heap[1]->heap_ms - now_ms() : 60000;
     if (agent_log.pending_len + access_log.pending_len > 0 && ms > 20)
         ms = 20;                    /* the console takes no interest in being watched */
+    if (l->unplaced && ms > HEAP_RETRY_MS)
+        ms = HEAP_RETRY_MS;
     return ms < 0 ? 0 : ms > 60000 ? 60000 : (int)ms;
 }
 
@@ -802,6 +823,28 @@ static void loop_run_soon(struct loop *l)
     }
 }
 
+/* Tries again to give deadlines a place; without memory they come late, but they come. */
+static void loop_place(struct loop *l, int64_t now)
+{
+    struct watch *first = l->unplaced, *w;
+
+    l->unplaced = NULL;
+    while ((w = first)) {
+        first = w->next_unplaced;
+        w->heap_at = 0;
+        heap_add(l, w);
+    }
+    for (struct watch **link = &l->unplaced; (w = *link);) {
+        if (w->deadline_ms > now) {
+            link = &w->next_unplaced;
+            continue;
+        }
+        loop_never(l, w);
+        w->on_deadline(w);
+        link = &l->unplaced;        /* the list is another */
+    }
+}
+
 static void loop_turn(struct loop *l)
 {
     struct epoll_event events[64];
@@ -813,7 +856,10 @@ static void loop_turn(struct loop *l)
         if (!w->buried && w->events)
             w->on_event(w, events[i].events);
     }
-    for (int64_t now = now_ms(); l->heap_len > 0 && l->heap[1]->heap_ms <= now;) {
+    int64_t now = now_ms();
+    if (l->unplaced)
+        loop_place(l, now);
+    while (l->heap_len > 0 && l->heap[1]->heap_ms <= now) {
         struct watch *w = l->heap[1];
         if (w->deadline_ms > now) {
             w->heap_ms = w->deadline_ms;
@@ -5522,7 +5568,8 @@ static void conn_flush(struct conn *c)
             continue;
         if (n < 0 && errno == EAGAIN)
             break;
-        if (n < 0 && c->state == CONN_OPEN && c->proto->reads_to_end) {
+        bool is_gone = errno != ENOMEM && errno != ENOBUFS;
+        if (n < 0 && c->state == CONN_OPEN && c->proto->reads_to_end && is_gone) {
             c->gone = true;
             c->reset |= errno == ECONNRESET;        /* EPIPE: after an orderly end */
             buf_drop(&c->out, c->out.len);
@@ -7149,7 +7196,7 @@ static const struct backend worker_backend = {
 /* Sends the request on; body bytes may follow at once. -1: no memory. */
 static int worker_request(struct worker *w, struct exchange *ex, const char *accept)
 {
-    struct stream *s = calloc(1, sizeof *s);
+    struct stream *s = w->out.failed ? NULL : calloc(1, sizeof *s);     /* failed: a frame is cut */
 
     if (!s)
         return -1;
@@ -11432,6 +11479,7 @@ static void http_add_status_line(struct http *h, int status)
         http_add_phrase(&line, status);
         snprintf(s->line, sizeof s->line, "%s\r\n", buf_text(&line));
         s->line_status = line.failed ? 0 : status;
+        h->conn.out.failed |= line.failed;
         buf_fini(&line);
     }
     buf_add_text(&h->conn.out, s->line);
@@ -11708,8 +11756,7 @@ static int http_on_url(llhttp_t *parser, const char *p, size_t n)
 
     if (h->ex.request.text.len + n > (size_t)limits.http_target_bytes)
         return http_wrong(h, 414, "the request target is too long");
-    buf_add(&h->ex.request.text, p, n);
-    return 0;
+    return buf_add(&h->ex.request.text, p, n);
 }
 
 /* Trailers come through the same callbacks, after the body began: they are dropped. */
@@ -11855,13 +11902,14 @@ static int http_on_value_complete(llhttp_t *parser)
             struct buf copy = { 0 };
             buf_add_span(&copy, request_part(r, h->authority));
             buf_add_span(&r->text, buf_span(&copy));
+            r->text.failed |= copy.failed;
             buf_fini(&copy);
         }
         buf_add_byte(&r->text, 0);
         r->fields_count++;
     }
     h->name = request_part_begin(r);
-    return r->text.failed ? http_wrong(h, 503, "no memory for the head") : 0;
+    return r->text.failed ? -1 : 0;
 }
 
 /* The target is complete: origin-form, absolute-form or '*' (RFC 9112 section 3.2). */
@@ -12060,7 +12108,7 @@ static int http_on_headers_complete(llhttp_t *parser)
     if (h->upgrade.len > 0)
         http_take_upgrade(h);
     if (r->text.failed)
-        return http_wrong(h, 503, "no memory for the head");
+        return -1;
     if (parser->flags & F_CHUNKED || parser->content_length > 0) {
         if (span_eq_nocase(request_part(r, r->upgrade), "websocket"))
             return http_wrong(h, 400, "a WebSocket request with a body");
@@ -12171,7 +12219,9 @@ static bool http_feed(struct http *h, size_t n)
         buf_drop(&c->in, used);
         return true;
     }
-    if (h->wrong)
+    if (h->ex.request.text.failed)
+        http_refuse(h, 503, "no memory for the head");
+    else if (h->wrong)
         http_refuse(h, h->wrong_status, h->wrong);
     else
         http_refuse(h, 400, llhttp_get_error_reason(&h->parser));

@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stdio.h>
 #include <sys/epoll.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -2355,6 +2356,7 @@ static void test_node_find(void)
 }
 
 #include "unit_zip.c"
+#include "unit_faults.c"
 
 /* ==== all ======================================================================== */
 
@@ -2368,6 +2370,10 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
     TEST(http_request), TEST(http_phrases), TEST(response_head), TEST(field_next), TEST(program_started), TEST(program_choose), TEST(reload_change), TEST(aleph_request), TEST(aleph_text),
     TEST(aleph_deadlines), TEST(forward), TEST(read_faults), TEST(conn_faults), TEST(output_faults), TEST(accept_full),
     TEST(accept_interrupted), TEST(websocket), TEST(no_vsock), TEST(init_options), TEST(node_ranges), TEST(node_find),
+    { "76: ENOMEM, each allocation once", test_faults_memory }, { "76: ENOMEM, from each allocation on", test_faults_memory_ever },
+    { "76: EINTR at each call", test_faults_interrupted }, { "76: EAGAIN at each call", test_faults_again },
+    { "76: each transfer cut short", test_faults_short }, { "76: all transfers cut short", test_faults_short_ever },
+    { "76: each call fails", test_faults_calls }, { "76: a deadline without memory", test_faults_deadlines },
 };
 
 int main(int argc, char **argv)
