@@ -1239,6 +1239,27 @@ def shutdown_by_frame_signal_and_end():
 
 
 @check
+def what_runs_at_exit_is_not_disturbed():
+    """A supervisor and the agent may both say SIGTERM, a terminal SIGINT as well."""
+    with plain("""
+import atexit, os, signal
+@atexit.register
+def last():
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+    print("atexit ran")
+async def app(scope, receive, send):
+    if scope["type"] != "http":
+        raise NotImplementedError
+    await send({"type": "http.response.start", "status": 200})
+    await send({"type": "http.response.body"})
+""") as agent:
+        equal(agent.get("/").status, 200)
+        agent.process.send_signal(signal.SIGTERM)
+        equal((agent.exit_code(), agent.output(), agent.errors()), (0, "atexit ran\n", ""))
+
+
+@check
 def shutdown_before_the_program_runs():
     with Agent("hello", start=False) as agent:
         agent.frame(0, SHUTDOWN)
