@@ -354,6 +354,7 @@ def run_latency(rounds, seconds):
 Boot = collections.namedtuple("Boot", "init_ms all_ms")
 ECHO_PORT, ECHO = 7000, b"x" * 100
 GUEST_REQUESTS = 200
+HASH = "cafe" * 16                      # of the program: it names the guest
 WIRE = msgpack.packb({"scope": {"type": "http", "path": "/", "method": "GET", "query_string": "",
                                 "headers": [[b"host", b"guest"]], "body": b""}})
 HTTP = b"GET / HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n"
@@ -404,7 +405,8 @@ class Guest:
         return Boot(1e3 * (now - up), 1e3 * (now - on))
 
     def call(self, *words):
-        subprocess.run([AGENT, "call", self.vsock, *words], check=True, stdout=self.log, stderr=self.log)
+        if subprocess.run([AGENT, "call", self.vsock, *words], stdout=self.log, stderr=self.log).returncode:
+            self.fail("%s fails" % words[0])
 
     def stop(self):
         self.process.stdin.close()
@@ -448,7 +450,7 @@ def guest_requests(init, rounds, seconds):
         with tempfile.TemporaryDirectory(prefix="bench.") as code:
             for file in [os.path.join(PROGRAMS, "asgi.py"), os.path.join(OUT, "vsock")]:
                 shutil.copy(file, code)
-            guest.call("configure", code, "asgi:app")
+            guest.call("configure", "--hash", HASH, code, "asgi:app")
         ask = functools.partial(clients.exchange, guest.vsock)
         subjects = {"agent" if is_agent else "two-script init": (lambda: ask(52, WIRE), b"hello, world\n")}
         if is_agent:
