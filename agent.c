@@ -60,6 +60,7 @@
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/random.h>
 #include <sys/reboot.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
@@ -5014,6 +5015,14 @@ static int tls_parse(const char *path, mbedtls_x509_crt *crt, mbedtls_pk_context
     return rc == 0 ? 0 : -1;
 }
 
+/* Whether the kernel has random bytes: early in a boot it may have none yet (random(4)). */
+static bool tls_is_seeded(void)
+{
+    unsigned char byte;
+
+    return getrandom(&byte, 1, GRND_NONBLOCK) == 1;
+}
+
 static size_t tls_bytes(const mbedtls_x509_crt *chain, bool names)
 {
     size_t bytes = 0;
@@ -5032,6 +5041,8 @@ static int tls_keys_fill(struct tls_keys *k, const struct tls_files *files, stru
         || mbedtls_ssl_config_defaults(c, MBEDTLS_SSL_IS_SERVER, MBEDTLS_SSL_TRANSPORT_STREAM, MBEDTLS_SSL_PRESET_DEFAULT)
         || mbedtls_ssl_conf_alpn_protocols(c, protocols))
         return conf_wrong(why, "tls: no memory");
+    if (!tls_is_seeded())
+        return conf_wrong(why, "tls: the kernel has no random bytes yet");
     mbedtls_ssl_conf_rng(c, mbedtls_psa_get_random, MBEDTLS_PSA_RANDOM_STATE);
     if (tls_parse(files->certificate, &k->chain, NULL, why) < 0 || tls_parse(files->key, NULL, &k->key, why) < 0)
         return -1;
@@ -14365,7 +14376,12 @@ static void agent_boot_late(struct agent *a)
 
 static void agent_on_late(struct watch *timer)
 {
-    agent_boot_late(CONTAINER(timer, struct agent, late_timer));
+    struct agent *a = CONTAINER(timer, struct agent, late_timer);
+
+    if (a->booted)
+        agent_listen(a, true);          /* TLS waited for the kernel's random bytes */
+    else
+        agent_boot_late(a);
 }
 
 /* The host has been told and is thinking: time for the rest. */
@@ -14482,8 +14498,11 @@ static int agent_listen(struct agent *a, bool late)
     struct buf why = { 0 };
     int rc = 0;
 
-    if (late && !a->keys && !a->is_process && agent_load_tls(a, &why) < 0)
+    if (late && !a->keys && !a->is_process && agent_load_tls(a, &why) < 0) {
         log_info("%s: nobody is served by TLS", buf_text(&why));
+        if (!tls_is_seeded())
+            loop_after(&a->loop, &a->late_timer, TLS_SEED_MS);
+    }
     buf_fini(&why);
     if (agent_can_listen(a, &a->aleph.listener, late) && aleph_open(&a->aleph) < 0)
         rc = log_errno("listen on %s", a->aleph.listener.address.text);

@@ -164,6 +164,7 @@ enum frame_type {
 #define TLS_FILE_MAX        (1 << 20)       /* a file of certificates or a key */
 #define TLS_CA_LIST_MAX     4096            /* names of authorities that clients are told of */
 #define TLS_SUBJECT_MAX     1024            /* a client's subject in a field */
+#define TLS_SEED_MS         500             /* between two looks whether the kernel has random bytes */
 #define TLS_STEPS_PER_TURN  4               /* of handshakes: with an RSA key of 2048 bits one takes 6 ms */
 #define WORKER_CREDIT       (192 << 10)     /* body bytes under way per stream and direction */
 #define WORKER_FRAME_MAX    (256 << 10)     /* payload of one frame from a worker */

@@ -9,7 +9,6 @@
 #include <stdbool.h>
 #include <stdio.h>
 #include <sys/epoll.h>
-#include <sys/random.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -81,7 +80,8 @@ static size_t  fault_short;         /* at most so many bytes in one call; 0: as 
 static int     asked_families[16];  /* of socket() */
 static size_t  asked_len;
 static int     accepts;
-static int64_t clock_ahead_ms;      /* how far the tests' clock is before the real one */
+static int64_t clock_ahead_ms;      /* how far the tests' clocks are before the real ones */
+static int64_t clock_boot_ms;       /* and how much further that which goes on while the machine sleeps */
 
 static bool fault(void)
 {
@@ -123,9 +123,10 @@ static int unit_accept(int fd, struct sockaddr *peer, socklen_t *size, int flags
 static int unit_clock(clockid_t id, struct timespec *ts)
 {
     int rc = clock_gettime(id, ts);
+    int64_t ms = clock_ahead_ms + (id == CLOCK_BOOTTIME ? clock_boot_ms : 0);
 
-    ts->tv_sec += clock_ahead_ms / 1000;
-    ts->tv_nsec += clock_ahead_ms % 1000 * 1000000;
+    ts->tv_sec += ms / 1000;
+    ts->tv_nsec += ms % 1000 * 1000000;
     if (ts->tv_nsec >= 1000000000) {
         ts->tv_sec++;
         ts->tv_nsec -= 1000000000;
@@ -962,7 +963,6 @@ static void test_loop_deadlines(void)
     loop_fini(&l);
 }
 
-/* Item 78 in part: the wall clock plays no role, and the limits stand on the monotonic one. */
 static void test_loop_timeout(void)
 {
     struct loop l;
@@ -2374,6 +2374,8 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
     { "76: EINTR at each call", test_faults_interrupted }, { "76: EAGAIN at each call", test_faults_again },
     { "76: each transfer cut short", test_faults_short }, { "76: all transfers cut short", test_faults_short_ever },
     { "76: each call fails", test_faults_calls }, { "76: a deadline without memory", test_faults_deadlines },
+    { "78: the wall clock and a suspended machine", test_clocks }, { "80: no entropy yet", test_entropy },
+    { "76: TLS, ENOMEM at each allocation", test_tls_memory },
 };
 
 int main(int argc, char **argv)

@@ -661,3 +661,261 @@ static void test_faults_deadlines(void)
     fault_plan.kind = FAULT_NONE;
     loop_fini(&l);
 }
+
+/* ---- 78: clocks ---- */
+
+/* Plays until nothing happens any more, and adds what came to scene_answer. False: the agent hung up. */
+static bool scene_settle(struct scene *s, int fd, bool answers)
+{
+    bool open = true;
+
+    for (int quiet = 0; quiet < 3; quiet++) {
+        scene_turn(s);
+        if (answers && scene_play(s))
+            quiet = 0;
+        ssize_t n = read(fd, scene_answer + scene_answer_len, sizeof scene_answer - 1 - scene_answer_len);
+        open = open && n != 0;
+        quiet = n > 0 ? 0 : quiet;
+        scene_answer_len += n > 0 ? (size_t)n : 0;
+        scene_answer[scene_answer_len] = '\0';
+    }
+    return open;
+}
+
+/* The answer is whole, and dated by the wall clock as it is now. */
+static void check_dated(const char *what)
+{
+    const char *date = strstr(scene_answer, "\r\ndate: ");
+    struct tm tm = { 0 };
+    time_t now = time(NULL);
+
+    check(strstr(scene_answer, "END!\r\n0\r\n\r\n") != NULL, "%s: the whole answer", what);
+    check(date && strptime(date + 8, "%a, %d %b %Y %H:%M:%S GMT", &tm), "%s: a date", what);
+    check(llabs(timegm(&tm) - now) <= 2, "%s: dated %.31s", what, date ? date + 8 : "");
+    scene_answer_len = 0;
+}
+
+static void test_clocks(void)
+{
+    static const struct { const char *name; int64_t wall_s; bool ahead; int64_t boot_ms; } jumps[] = {
+        { "1970", 0, false, 0 }, { "2038", INT32_MAX, false, 0 }, { "after 2038", (int64_t)INT32_MAX + 86400, false, 0 },
+        { "a day ahead", 86400, true, 0 }, { "a day back", -86400, true, 0 }, { "an hour asleep", 3600, true, 3600000 },
+    };
+    static const char ask[] = "GET / HTTP/1.1\r\n" HOST "\r\n";
+
+    scripts_init();
+    EACH(i, jumps)
+        for (int is_worker = 0; is_worker < 2; is_worker++) {
+            static struct scene s;
+            char byte, line[256] = "", expected[64];
+            int log[2];
+            scene_init(&s, is_worker);
+            check(pipe2(log, O_NONBLOCK) == 0, "a pipe");
+            access_log.fd = log[1];
+            int served = bench_connect(&s.bench, http_on_accept, &s.bench.http.listener);
+            int silent = bench_connect(&s.bench, http_on_accept, &s.bench.http.listener);
+            int within = bench_connect(&s.bench, http_on_accept, &s.bench.http.listener);
+            int wire = bench_connect(&s.bench, aleph_on_accept, &s.bench.aleph.listener);
+            bench_send(&s.bench, within, SPAN("GET / HT"), 8);
+            bench_send(&s.bench, wire, SPAN("\x81\xa5sco"), 5);
+            scene_answer_len = 0;
+            bench_send(&s.bench, served, SPAN(ask), sizeof ask);
+            scene_settle(&s, served, true);
+            check_dated("before");
+            bench_send(&s.bench, served, SPAN(ask), sizeof ask);    /* now the program takes its time */
+            time_t now = time(NULL);
+            wall_ahead_s = jumps[i].ahead ? jumps[i].wall_s : jumps[i].wall_s - now;
+            clock_boot_ms = jumps[i].boot_ms;
+            for (int turn = 0; turn < 20; turn++) {
+                clock_ahead_ms += 1000;
+                check(scene_settle(&s, served, false) && scene_answer_len == 0, "%s: the exchange goes on", jumps[i].name);
+            }
+            const int others[] = { silent, within, wire };
+            EACH(k, others)
+                check(read(others[k], &byte, 1) < 0 && errno == EAGAIN, "%s: connection %zu stays", jumps[i].name, k);
+            check(read(log[0], line, sizeof line) > 0, "the first request is logged");
+            scene_settle(&s, served, true);
+            check_dated(jumps[i].name);
+            bench_send(&s.bench, served, SPAN(ask), sizeof ask);
+            scene_settle(&s, served, true);
+            check_dated("and the next");
+            log_flush();
+            memset(line, 0, sizeof line);
+            check(read(log[0], line, sizeof line - 1) > 0 && strchr(line, '\n'), "%s: logged", jumps[i].name);
+            time_t wall = time(NULL);
+            strftime(expected, sizeof expected, "[%d/%b/%Y:%H:", gmtime(&wall));
+            check(strstr(strchr(line, '\n'), expected) || wall % 3600 < 3, "%s: by the wall clock %s: %s", jumps[i].name, expected, line);
+            clock_ahead_ms += limits.head_ms - 19000;       /* limits hold all the same */
+            loop_turn(&s.bench.loop);
+            bench_run(&s.bench);
+            EACH(k, others)
+                check(read(others[k], line, sizeof line) >= 0, "%s: connection %zu is told at its time", jumps[i].name, k);
+            access_log.fd = -1;
+            wall_ahead_s = 0;
+            clock_boot_ms = 0;
+            close(served);
+            EACH(k, others)
+                close(others[k]);
+            close(log[0]);
+            close(log[1]);
+            scene_fini(&s);
+        }
+}
+
+/* ---- TLS: 76 and 80 ---- */
+
+static const char tls_test_certificate[] =
+    "-----BEGIN CERTIFICATE-----\n"
+    "MIIBczCCARmgAwIBAgIUdNTuPWF6dnhJktBvoK6DznmZrbQwCgYIKoZIzj0EAwIw\n"
+    "DzENMAsGA1UEAwwEdW5pdDAeFw0yNjExMjQwMTMzMjBaFw0zNjExMjEwMTMzMjBa\n"
+    "MA8xDTALBgNVBAMMBHVuaXQwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAASV1C0v\n"
+    "Pqa6Onuxhbfv/5YbMFGgN1xxDdGPMdptsWI+Eq5uQEWtNAtZbKVpRyBJypS9Zr5c\n"
+    "WESLOrxdpRMOt+7vo1MwUTAdBgNVHQ4EFgQUUWfN4V7FHk8yEiJW3gYPrY0Po9Iw\n"
+    "HwYDVR0jBBgwFoAUUWfN4V7FHk8yEiJW3gYPrY0Po9IwDwYDVR0TAQH/BAUwAwEB\n"
+    "/zAKBggqhkjOPQQDAgNIADBFAiEAuQKZhtAhjtI/zZlkChHQVAhop7M8kgzDkKwN\n"
+    "3K5enxYCIF/X/O1NPWVyW1nhOZFogMD7IcgaIvXP1UVfbk27H18c\n"
+    "-----END CERTIFICATE-----\n";
+
+static const char tls_test_key[] =
+    "-----BEGIN PRIVATE KEY-----\n"
+    "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgVW/XlFNSymsnMHoa\n"
+    "zasIjzSq1pqDfsNflTOdWRn8vaKhRANCAASV1C0vPqa6Onuxhbfv/5YbMFGgN1xx\n"
+    "DdGPMdptsWI+Eq5uQEWtNAtZbKVpRyBJypS9Zr5cWESLOrxdpRMOt+7v\n"
+    "-----END PRIVATE KEY-----\n";
+
+/* A ClientHello of TLS 1.2: ECDHE with P-256 and ECDSA. */
+static const char tls_test_hello[] =
+    "\x16\x03\x01\x00\x4e\x01\x00\x00\x4a\x03\x03\x00\x01\x02\x03\x04\x05\x06\x07\x08\x09\x0a\x0b\x0c"
+    "\x0d\x0e\x0f\x10\x11\x12\x13\x14\x15\x16\x17\x18\x19\x1a\x1b\x1c\x1d\x1e\x1f\x00\x00\x02\xc0\x2b"
+    "\x01\x00\x00\x1f\x00\x0a\x00\x04\x00\x02\x00\x17\x00\x0b\x00\x02\x01\x00\x00\x0d\x00\x04\x00\x02"
+    "\x04\x03\x00\x17\x00\x00\xff\x01\x00\x01\x00";
+
+struct tls_scene {
+    struct scene     scene;
+    struct tls_files files;
+    char             paths[2][64];
+    struct tls_keys *keys;
+};
+
+static void tls_scene_init(struct tls_scene *t)
+{
+    const char *const texts[] = { tls_test_certificate, tls_test_key };
+
+    scene_init(&t->scene, true);
+    EACH(i, texts) {
+        snprintf(t->paths[i], sizeof t->paths[i], "/tmp/unit-%d.pem%zu", (int)getpid(), i);
+        check(file_write(t->paths[i], texts[i], strlen(texts[i]), 0600) == 0, "a file");
+    }
+    t->files = (struct tls_files){ .certificate = t->paths[0], .key = t->paths[1] };
+    t->scene.bench.http.keys = &t->keys;
+    t->scene.bench.http.listener.address.tls = true;
+}
+
+/* Connects and says hello. What came back: 0x16 begins a handshake's message, 0x15 an alert;
+ * -1: the end and nothing. */
+static int tls_scene_hello(struct tls_scene *t)
+{
+    struct scene *s = &t->scene;
+    int ends[2], first = -1;
+
+    check(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, ends) == 0, "a socket pair");
+    fault_plan.armed = true;
+    http_on_accept(&s->bench.http.listener, ends[1]);
+    fault_plan.armed = false;
+    send(ends[0], tls_test_hello, sizeof tls_test_hello - 1, MSG_NOSIGNAL);
+    scene_answer_len = 0;
+    scene_settle(s, ends[0], true);
+    if (scene_answer_len > 0)
+        first = (unsigned char)scene_answer[0];
+    close(ends[0]);
+    return first;
+}
+
+static void tls_scene_fini(struct tls_scene *t)
+{
+    tls_keys_drop(t->keys);
+    t->keys = NULL;
+    unlink(t->paths[0]);
+    unlink(t->paths[1]);
+    scene_fini(&t->scene);
+    mbedtls_psa_crypto_free();
+}
+
+/* The kernel has no random bytes yet: nothing waits for them, no handshake goes on without, the
+ * rest is served. */
+static void test_entropy(void)
+{
+    static struct tls_scene t;
+    struct buf why = { 0 };
+
+    tls_scene_init(&t);
+    entropy_absent = true;
+    entropy_asked = entropy_waited = 0;
+    check(!tls_keys_load(&t.files, &why), "keys cannot be used yet");
+    check_buf("and why", "tls: the kernel has no random bytes yet", &why);
+    entropy_absent = false;
+    t.keys = tls_keys_load(&t.files, &why);
+    check(t.keys != NULL, "later they can: %s", buf_text(&why));
+    check_number("a handshake", 0x16, tls_scene_hello(&t));
+    entropy_absent = true;
+    int first = tls_scene_hello(&t);
+    check(first == 0x15 || first == -1, "without entropy there is none: 0x%x", (unsigned)first);
+    t.scene.bench.http.listener.address.tls = false;
+    scripts_init();
+    EACH(i, scripts) {
+        if (!scripts[i].is_worker)
+            continue;
+        check_number(scripts[i].name, 0, scene_run(&t.scene, &scripts[i]));
+        check(scene_answer_len > 100, "%s: answered", scripts[i].name);
+    }
+    t.scene.bench.http.listener.address.tls = true;
+    entropy_absent = false;
+    check_number("with entropy again", 0x16, tls_scene_hello(&t));
+    check(entropy_asked > 3, "asked %u times", entropy_asked);
+    check_number("never so that it could wait", 0, entropy_waited);
+    buf_fini(&why);
+    tls_scene_fini(&t);
+}
+
+/* Every allocation of loading keys, then of a handshake's start; a handshake has too many for all. */
+static void test_tls_memory(void)
+{
+    static struct tls_scene t;
+    struct buf why = { 0 };
+
+    tls_scene_init(&t);
+    for (int ever = 0; ever < 2; ever++) {
+        fault_plan.ever = ever;
+        for (long n = 1;; n++) {
+            fault_plan.kind = FAULT_MEMORY;
+            fault_plan.at = n;
+            fault_plan.seen = 0;
+            fault_plan.armed = true;
+            t.keys = tls_keys_load(&t.files, &why);
+            fault_plan.armed = false;
+            fault_plan.kind = FAULT_NONE;
+            bool reached = fault_plan.seen >= n;
+            check(t.keys || (reached && (why.len > 0 || why.failed)), "%ld: a reason", n);
+            buf_fini(&why);
+            if (!reached)
+                break;
+            tls_keys_drop(t.keys);
+        }
+        check(t.keys != NULL, "and then they are loaded");
+        for (long n = 1;; n += n < 60 ? 1 : 29) {
+            fault_plan.kind = FAULT_MEMORY;
+            fault_plan.at = n;
+            fault_plan.seen = 0;
+            int first = tls_scene_hello(&t);
+            fault_plan.kind = FAULT_NONE;
+            bool reached = fault_plan.seen >= n;
+            check(first == 0x16 || (reached && (first == 0x15 || first == -1)), "%ld: 0x%x", n, (unsigned)first);
+            if (!reached)
+                break;
+        }
+        check_number("the next handshake", 0x16, tls_scene_hello(&t));
+        tls_keys_drop(t.keys);
+        t.keys = NULL;
+    }
+    tls_scene_fini(&t);
+}
