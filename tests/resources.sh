@@ -148,4 +148,7 @@ END
     stop
 }
 
+# Time-outs of the shims must not hang on a clock that is set.
+check '78: no shim looks at the wall clock' not grep -nE '\btime\.time\b|\bdatetime\.|\bDate\.now|new Date\b' "$GUEST_ROOT"/shims/*.*
+
 for part in ${*:-descriptors console full_folders entropy}; do "$part"; done
