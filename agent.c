@@ -4195,8 +4195,8 @@ static int zip_pack_file(struct zip_pack *p, mode_t mode)
         return zip_pack_unfit(p, strerror(errno));
     int rc = zip_pack_start(p, S_IFREG | (mode & 0777));
 
-    while (rc == 0 && (n = read(fd, chunk, sizeof chunk)) > 0)
-        rc = zip_pack_bytes(p, chunk, (size_t)n);
+    while (rc == 0 && ((n = SYS_READ(fd, chunk, sizeof chunk)) > 0 || (n < 0 && errno == EINTR)))
+        rc = n < 0 ? 0 : zip_pack_bytes(p, chunk, (size_t)n);
     if (n < 0)
         rc = zip_pack_wrong(p, "%s", strerror(errno));
     fd_close(&fd);
@@ -8258,6 +8258,10 @@ static void upstream_send(struct upstream *up, struct exchange *ex, struct up *u
         u->chunked = up_add_request(&u->conn.out, q);
     ex->backend = &up_backend;
     ex->stream = u;
+    if (u->conn.out.failed) {
+        exchange_cancel_fail(ex, FAILURE_NO_MEMORY, "no memory for the request");
+        return;
+    }
     conn_soon(&u->conn);
     exchange_room_grew(ex);
 }
@@ -11375,7 +11379,7 @@ static void aleph_on_accept(struct listener *l, int fd)
     if (!a || conn_open(&a->conn, s->conns, &aleph_proto, fd, CONN_OPEN) < 0) {
         log_info("aleph: no memory for a connection");
         if (!a)
-            fd_close(&fd);
+            listener_turn_away(l, fd);
         free(a);
         return;
     }
@@ -12422,7 +12426,7 @@ static void http_on_accept(struct listener *l, int fd)
     if (!ok || conn_open(&h->conn, s->conns, &http_proto, fd, tls ? CONN_HANDSHAKE : CONN_OPEN) < 0) {
         log_info("http: no memory for a connection");
         if (!ok)
-            fd_close(&fd);
+            listener_turn_away(l, fd);
         if (h)
             tls_free(h->conn.tls);
         free(h);

@@ -2375,7 +2375,8 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
     { "76: each transfer cut short", test_faults_short }, { "76: all transfers cut short", test_faults_short_ever },
     { "76: each call fails", test_faults_calls }, { "76: a deadline without memory", test_faults_deadlines },
     { "78: the wall clock and a suspended machine", test_clocks }, { "80: no entropy yet", test_entropy },
-    { "76: TLS, ENOMEM at each allocation", test_tls_memory },
+    { "76: TLS, ENOMEM at each allocation", test_tls_memory }, { "76: configurations, ENOMEM", test_conf_memory },
+    { "76: archives, each call and allocation", test_zip_faults },
 };
 
 int main(int argc, char **argv)

@@ -50,9 +50,15 @@ static size_t fault_cut(size_t n)
 
 #define WRAP(type, name, args)  type __real_##name args; type __wrap_##name args; type __wrap_##name args
 
-WRAP(void *, malloc, (size_t n)) { return fault_due(FAULT_MEMORY) ? NULL : __real_malloc(n); }
-WRAP(void *, calloc, (size_t n, size_t size)) { return fault_due(FAULT_MEMORY) ? NULL : __real_calloc(n, size); }
-WRAP(void *, realloc, (void *p, size_t n)) { return fault_due(FAULT_MEMORY) ? NULL : __real_realloc(p, n); }
+static void *no_memory(void)
+{
+    errno = ENOMEM;
+    return NULL;
+}
+
+WRAP(void *, malloc, (size_t n)) { return fault_due(FAULT_MEMORY) ? no_memory() : __real_malloc(n); }
+WRAP(void *, calloc, (size_t n, size_t size)) { return fault_due(FAULT_MEMORY) ? no_memory() : __real_calloc(n, size); }
+WRAP(void *, realloc, (void *p, size_t n)) { return fault_due(FAULT_MEMORY) ? no_memory() : __real_realloc(p, n); }
 WRAP(ssize_t, read, (int fd, void *p, size_t n)) { return fault_fails(fd, true) ? -1 : __real_read(fd, p, fault_cut(n)); }
 WRAP(ssize_t, write, (int fd, const void *p, size_t n)) { return fault_fails(fd, true) ? -1 : __real_write(fd, p, fault_cut(n)); }
 WRAP(ssize_t, recv, (int fd, void *p, size_t n, int flags)) { return fault_fails(fd, true) ? -1 : __real_recv(fd, p, fault_cut(n), flags); }
@@ -918,4 +924,113 @@ static void test_tls_memory(void)
         t.keys = NULL;
     }
     tls_scene_fini(&t);
+}
+
+/* ---- 76: configurations and archives ---- */
+
+static void fault_begin(enum fault_kind kind, int error, long at, bool ever)
+{
+    fault_plan.kind = kind;
+    fault_plan.error = error;
+    fault_plan.at = at;
+    fault_plan.ever = ever;
+    fault_plan.seen = 0;
+    fault_plan.armed = true;
+}
+
+/* Whether what ran since fault_begin has come to the call that was to fail. */
+static bool fault_end(void)
+{
+    fault_plan.armed = false;
+    fault_plan.kind = FAULT_NONE;
+    return fault_plan.seen >= fault_plan.at;
+}
+
+/* From its bytes to what a program is started with. */
+static int conf_use(bool json, struct buf *why)
+{
+    static const char map[] = "\x88\xaa""entrypoint\xa3""m:a\xa8""encoding\xa5""plain\xa4""code\xc4\x03""a=1"
+        "\xa9""variables\x82\xa1""A\xa1""1\xa4""HOME\xa2/x" "\xa7""volumes\x91\x82\xa5""mount\xa2/v\xa6""device\xa3""vdb"
+        "\xab""dns_servers\x91\xa7""1.1.1.1" "\xaf""authorized_keys\x91\xa1k" "\xa7""unknown\xc0";
+    struct conf c = { 0 }, copy = { 0 };
+
+    buf_add(&c.raw, map, json ? 0 : sizeof map - 1);        /* as it has been received */
+    fault_plan.armed = true;
+    int rc = json ? conf_of_json(&c, "{\"entrypoint\":\"m:a\",\"code\":\"/srv\",\"hostname\":\"h\",\"variables\":{\"A\":\"\\u00e9\"},"
+                                 "\"listen\":[\"vsock:81\"],\"limits\":{\"conns\":99}}", why)
+                  : conf_read_msgpack(&c, why);
+
+    if (rc == 0 && conf_copy_program(&copy, &c) < 0)
+        rc = conf_wrong(why, "no memory");
+    conf_fini(&c);
+    if (rc == 0) {
+        struct program owner = { .conf = copy, .env = program_env_guest };
+        char **env = program_env(&owner, PORT_PROGRAM);
+        if (!env)
+            rc = conf_wrong(why, "no memory");
+        env_free(env);
+    }
+    conf_fini(&copy);
+    fault_plan.armed = false;
+    return rc;
+}
+
+static void test_conf_memory(void)
+{
+    for (int how = 0; how < 4; how++) {
+        bool reached = true;
+        for (long n = 1; reached; n++) {
+            struct buf why = { 0 };
+            log_forget();
+            fault_begin(FAULT_MEMORY, ENOMEM, n, how & 1);
+            fault_plan.armed = false;
+            int rc = conf_use(how & 2, &why);
+            reached = fault_end();
+            check(rc == 0 ? !why.len : reached && (strstr(buf_text(&why), "memory") || why.failed), "%d, %ld: %d %s", how, n, rc, buf_text(&why));
+            check(rc == 0 || reached, "%d: it works in the end", how);
+            buf_fini(&why);
+            if (!reached)
+                check(n > 10, "%d: %ld allocations", how, n);
+        }
+    }
+}
+
+/* An archive comes out whole, or an error says why and nothing of it is left. */
+static void test_zip_faults(void)
+{
+    static const struct { enum fault_kind kind; int error; bool ever; } faults[] = {
+        { FAULT_MEMORY, ENOMEM, false }, { FAULT_MEMORY, ENOMEM, true }, { FAULT_SOFT, EINTR, false },
+        { FAULT_SHORT, 0, false }, { FAULT_SHORT, 0, true }, { FAULT_HARD, ENOSPC, false }, { FAULT_HARD, EIO, false },
+    };
+    char root[] = "/tmp/unit-zip.XXXXXX", in[64], out[64];
+    struct buf archive = { 0 };
+
+    check(mkdtemp(root) != NULL, "a folder");
+    snprintf(in, sizeof in, "%s/in", root);
+    snprintf(out, sizeof out, "%s/out", root);
+    zip_test_tree(in, &archive);
+    EACH(i, faults) {
+        bool must = faults[i].kind == FAULT_SOFT || faults[i].kind == FAULT_SHORT, reached = true;
+        for (long n = 1; reached && test_failed < 20; n++) {
+            struct buf why = { 0 }, again = { 0 };
+            fault_begin(faults[i].kind, faults[i].error, n, faults[i].ever);
+            int rc = zip_extract(buf_span(&archive), out, &why);
+            reached = fault_end();
+            size_t things = zip_test_things_in(out);
+            check(rc == 0 ? things == 5 : reached && !must && things == 0 && (why.len > 0 || why.failed),
+                  "extract %zu, %ld: %d, %zu things, %s", i, n, rc, things, buf_text(&why));
+            zip_remove(buf_span(&archive), out);
+            buf_fini(&why);
+            if (faults[i].kind == FAULT_MEMORY)
+                continue;           /* minizip does not look whether it has any: only children pack */
+            fault_begin(faults[i].kind, faults[i].error, n, faults[i].ever);
+            rc = zip_pack(in, &again, &why);
+            reached |= fault_end();
+            check(rc == 0 ? again.len == archive.len : !must && (why.len > 0 || why.failed), "pack %zu, %ld: %d %s", i, n, rc, buf_text(&why));
+            buf_fini(&again);
+            buf_fini(&why);
+        }
+    }
+    buf_fini(&archive);
+    nftw(root, zip_test_remove, 16, FTW_DEPTH | FTW_PHYS);
 }
