@@ -5909,6 +5909,10 @@ static void listener_on_event(struct watch *w, uint32_t events)
             l->peer = peer;
             l->on_accept(l, fd);
         }
+        /* With nothing left, vsock's accept sleeps until the kernel's next tick even so
+         * (af_vsock.c: schedule_timeout(0)), and with it everybody: epoll tells of more. */
+        if (peer.ss_family == AF_VSOCK)
+            return;
     }
 }
 
