@@ -134,6 +134,13 @@ assert reply["headers"]["status"] == 200 and "gr\\u00fcezi" in reply["body"]["bo
 check 'boot: its event is answered' peer 'reply = peer.event("hello"); assert reply["body"]["event"] == "hello", reply'
 check_match 'boot: an event by agent call' '"event": ?"\{' "$(event '{"a": 1}')"
 baseline
+for clock in 1970-01-01 2038-01-19 tomorrow yesterday; do
+    clock=$(LC_ALL=C date -u -d "$clock" '+%a, %d %b %Y')
+    shell "date -s '$clock 23:00'" >"$T/clock"
+    check_match "78: clock set to $clock: answered, and dated so" "^date: $clock 23:0" "$(http /env -f -D - -o /dev/null)"
+    check "78: clock set to $clock: the wire" request /env
+done
+guest_ok '78: well afterwards'
 check_match 'boot: a full overlay is an error of whoever fills it' 'No space left' \
     "$(shell 'head -c 200000000 /dev/zero >/full; ls -l /full')"
 check_at_most 'boot: the overlay is capped, in MiB' 50 "$(shell 'du -m /full' | cut -f 1)"

@@ -2036,7 +2036,7 @@ static void accept_count(struct listener *l, int fd)
     close(fd);
 }
 
-/* 76: no descriptor is left. The listener rests, and goes on when one is free again. */
+/* No descriptor is left. The listener rests, and goes on when one is free again. */
 static void test_accept_full(void)
 {
     static const int errors[] = { EMFILE, ENFILE, ENOBUFS, ENOMEM };
@@ -2368,8 +2368,9 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
     TEST(conf_volumes), TEST(volumes), TEST(conf_copy), TEST(loop_deadlines), TEST(loop_timeout), TEST(loop_soon), TEST(loop_bury), TEST(modules), TEST(root_options), TEST(root_discard), TEST(hosts),
     TEST(zip), TEST(describe), TEST(output_lines), TEST(output_flood), TEST(address), TEST(trust), TEST(interest), TEST(http_heads),
     TEST(http_request), TEST(http_phrases), TEST(response_head), TEST(field_next), TEST(program_started), TEST(program_choose), TEST(reload_change), TEST(aleph_request), TEST(aleph_text),
-    TEST(aleph_deadlines), TEST(forward), TEST(read_faults), TEST(conn_faults), TEST(output_faults), TEST(accept_full),
-    TEST(accept_interrupted), TEST(websocket), TEST(no_vsock), TEST(init_options), TEST(node_ranges), TEST(node_find),
+    TEST(aleph_deadlines), TEST(forward), TEST(read_faults), TEST(conn_faults), TEST(output_faults),
+    { "76: accept, EMFILE, ENFILE, ENOBUFS, ENOMEM", test_accept_full }, { "76: accept, EINTR, EAGAIN, ECONNABORTED", test_accept_interrupted },
+    TEST(websocket), TEST(no_vsock), TEST(init_options), TEST(node_ranges), TEST(node_find),
     { "76: ENOMEM, each allocation once", test_faults_memory }, { "76: ENOMEM, from each allocation on", test_faults_memory_ever },
     { "76: EINTR at each call", test_faults_interrupted }, { "76: EAGAIN at each call", test_faults_again },
     { "76: each transfer cut short", test_faults_short }, { "76: all transfers cut short", test_faults_short_ever },
