@@ -454,8 +454,7 @@ def guest_requests(init, rounds, seconds):
         ask = functools.partial(clients.exchange, guest.vsock)
         subjects = {"agent" if is_agent else "two-script init": (lambda: ask(52, WIRE), b"hello, world\n")}
         if is_agent:
-            guest.call("shell", "chmod +x /opt/vsock; setsid -f /opt/vsock >/dev/null 2>&1")
-            time.sleep(SETTLE_S)
+            guest.call("shell", "chmod +x /opt/vsock; setsid -w /opt/vsock </dev/null >/dev/null 2>&1")
             subjects["agent, port 80"] = (lambda: ask(80, HTTP), b"hello, world\n")
             subjects[VSOCK_ECHO] = (lambda: ask(ECHO_PORT, ECHO, len(ECHO)), ECHO)
         loads = (functools.partial(clients.in_turn, GUEST_REQUESTS), functools.partial(clients.at_once, 16, seconds))
