@@ -80,6 +80,7 @@ static size_t  fault_short;         /* at most so many bytes in one call; 0: as 
 static int     asked_families[16];  /* of socket() */
 static size_t  asked_len;
 static int     accepts;
+static bool    accepts_vsock;       /* peers look like the host's end of vsock */
 static int64_t clock_ahead_ms;      /* how far the tests' clocks are before the real ones */
 static int64_t clock_boot_ms;       /* and how much further that which goes on while the machine sleeps */
 
@@ -117,7 +118,10 @@ static int unit_socket(int family, int type, int protocol)
 static int unit_accept(int fd, struct sockaddr *peer, socklen_t *size, int flags)
 {
     accepts++;
-    return fault() ? -1 : accept4(fd, peer, size, flags);
+    int near = fault() ? -1 : accept4(fd, peer, size, flags);
+    if (near >= 0 && accepts_vsock)
+        *(struct sockaddr_vm *)(void *)peer = (struct sockaddr_vm){ .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST };
+    return near;
 }
 
 static int unit_clock(clockid_t id, struct timespec *ts)
@@ -2036,6 +2040,35 @@ static void accept_count(struct listener *l, int fd)
     close(fd);
 }
 
+/* Where nothing is left, vsock's accept sleeps: it is called once for each connection, no more. */
+static void test_accept_vsock(void)
+{
+    char text[64];
+    int accepted = 0, fds[3];
+    struct bench b;
+    struct listener l = { .all = &b.conns, .on_accept = accept_count, .arg = &accepted };
+
+    snprintf(text, sizeof text, "unix:/tmp/unit-%d.sock", (int)getpid());
+    bench_init(&b);
+    check(address_parse(&l.address, text) && listener_open(&l) == 0, "listen");
+    listener_start(&l);
+    for (size_t i = 0; i < COUNT(fds); i++) {
+        fds[i] = socket(AF_UNIX, SOCK_STREAM, 0);
+        check(connect(fds[i], (void *)&l.address.sa, l.address.sa_len) == 0, "connect");
+    }
+    accepts = 0;
+    accepts_vsock = true;
+    bench_run(&b);
+    accepts_vsock = false;
+    check_number("all are accepted", (int64_t)COUNT(fds), accepted);
+    check_number("with no call in vain", (int64_t)COUNT(fds), accepts);
+    for (size_t i = 0; i < COUNT(fds); i++)
+        close(fds[i]);
+    listener_close(&l);
+    bench_fini(&b);
+    unlink(text + 5);
+}
+
 /* No descriptor is left. The listener rests, and goes on when one is free again. */
 static void test_accept_full(void)
 {
@@ -2369,6 +2402,7 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
     TEST(zip), TEST(describe), TEST(output_lines), TEST(output_flood), TEST(address), TEST(trust), TEST(interest), TEST(http_heads),
     TEST(http_request), TEST(http_phrases), TEST(response_head), TEST(field_next), TEST(program_started), TEST(program_choose), TEST(reload_change), TEST(aleph_request), TEST(aleph_text),
     TEST(aleph_deadlines), TEST(forward), TEST(read_faults), TEST(conn_faults), TEST(output_faults),
+    { "accept, vsock", test_accept_vsock },
     { "76: accept, EMFILE, ENFILE, ENOBUFS, ENOMEM", test_accept_full }, { "76: accept, EINTR, EAGAIN, ECONNABORTED", test_accept_interrupted },
     TEST(websocket), TEST(no_vsock), TEST(init_options), TEST(node_ranges), TEST(node_find),
     { "76: ENOMEM, each allocation once", test_faults_memory }, { "76: ENOMEM, from each allocation on", test_faults_memory_ever },
