@@ -27,6 +27,7 @@ if __name__ == "__main__":
 import asyncio
 import contextvars
 import faulthandler
+import gc
 import importlib
 import inspect
 import io
@@ -58,6 +59,8 @@ HEAD_MAX = 256 << 10                    # the agent takes no larger frame
 MESSAGE_MAX, DETAILS_MAX = 4 << 10, 24 << 10    # characters of an error; the agent keeps less
 MSGPACK_DEPTH = 60                      # of an event's reply; the agent reads 64
 THREADS = 32                            # WSGI requests at once
+GATHER_S = 0.0005                       # how long a response waits for others to leave with it
+LINGER_S = 0.0005                       # a call that lasts so long after its response may block, too
 DRAIN_S = 1.0                           # what a shutdown gives requests in flight
 EXIT_S = 1.0                            # and then the program's tasks, threads, atexit functions
 EVENT_TASKS_S = 30.0                    # what tasks have for the reply, once the call returned
@@ -178,6 +181,7 @@ class Channel:
         self.out = []                   # frames, headers and payloads
         self.size = 0                   # of their payloads, since the last flush
         self.flushing = self.forked = self.full = False
+        self.flushed_at = 0.0
         self.loop = self.on_frame = self.on_end = None
         os.register_at_fork(after_in_child=self.on_fork)
 
@@ -252,10 +256,11 @@ class Channel:
             self.flushing = True
             self.loop.call_soon(self.flush)
 
-    def flush(self):
+    def flush(self, now=None):
         self.flushing = False
         if self.full or not self.out:
             return                      # on_writable goes on with it
+        self.flushed_at = now or time.monotonic()
         if self.size < LONG:            # a copy is cheaper than many pieces
             self.out[:] = (b"".join(self.out),)
         self.size = 0
@@ -340,7 +345,7 @@ class Exchange:
     on_disconnect; the program talks to receive() and send()."""
 
     __slots__ = ("worker", "stream", "scope", "body", "body_ended", "body_told", "taken",
-                 "credit", "waiters", "started", "is_open", "gone", "task")
+                 "credit", "waiters", "started", "is_open", "closed_at", "gone", "task")
 
     def __init__(self, worker, stream, scope, body_ended):
         self.worker = worker
@@ -361,18 +366,22 @@ class Exchange:
         scope["asgi"] = {"version": "3.0", "spec_version": "2.4"}
         scope["state"] = self.worker.state.copy()
         self.worker.running.add(self)
-        self.task = self.worker.loop.create_task(self.run())
+        self.task = self.worker.new_task(self.run())
 
     async def run(self):
+        worker = self.worker
         try:
             await self.call()
             if self.is_open:
                 self.fail("the program returned without a complete response")
+            elif not worker.lingers and time.monotonic() - self.closed_at > LINGER_S:
+                worker.lingers = True
         except BaseException as exc:    # SystemExit too: one request does not end the others
             self.on_error(exc)
         finally:
-            self.worker.running.discard(self)
-            self.worker.check_idle()
+            worker.running.discard(self)
+            if worker.stopping:
+                worker.check_idle()
 
     async def call(self):
         await self.worker.app(self.scope, self.receive, self.send)
@@ -409,8 +418,10 @@ class Exchange:
 
     def closed(self):
         self.is_open = False
+        self.closed_at = time.monotonic()
         del self.worker.exchanges[self.stream]
-        self.worker.check_idle()
+        if self.worker.stopping:
+            self.worker.check_idle()
         self.wake()
 
     def on_error(self, exc):
@@ -458,7 +469,8 @@ class Exchange:
 
     async def send(self, message):
         kind = message["type"]
-        self.check_open(kind)
+        if not self.is_open:
+            self.check_open(kind)
         if kind == "http.response.start":
             if self.started:
                 raise RuntimeError("http.response.start was sent twice")
@@ -476,14 +488,17 @@ class Exchange:
             if len(body) > self.credit or len(body) > PIECE:
                 body = await self.send_pieces(body, kind)
             self.credit -= len(body)
-            if not message.get("more_body", False):
-                self.close(body)
-            elif body:
-                self.worker.put(self.stream, RESPONSE_BODY, body)
-            if self.worker.exchanges:   # the bytes leave before the program goes on, or blocks
-                await next_turn()
+            if message.get("more_body", False):
+                if body:
+                    self.worker.put(self.stream, RESPONSE_BODY, body)
+                await next_turn()       # the bytes leave before the program goes on, or blocks
             else:
-                self.worker.channel.flush()
+                self.close(body)
+                worker = self.worker
+                if not worker.exchanges or self.closed_at - worker.channel.flushed_at > GATHER_S:
+                    worker.channel.flush(self.closed_at)
+                elif worker.lingers:
+                    await next_turn()
         else:
             raise RuntimeError("unknown message type %r" % (kind,))
 
@@ -1199,6 +1214,7 @@ class Worker:
         self.running = set()            # calls that have not returned, some past their response
         self.state = {}                 # lifespan state, copied for each request
         self.tracks_tasks = False
+        self.lingers = False            # calls have gone on after their response
         self.ready = self.stopping = False
 
     async def serve(self, conf, pythonpath, warmed):
@@ -1210,6 +1226,7 @@ class Worker:
             log(exc.details or str(exc))
             self.channel.say(START_FAILED, error_payload(str(exc), exc.details))
             leave(1)
+        gc.freeze()                     # what the start has made is not looked through again
         self.ready = True
         self.put(0, READY)
         await self.stop.wait()
@@ -1291,8 +1308,14 @@ class Worker:
             exchange.on_stop()
         self.stop.set()
 
+    def new_task(self, coro):
+        """loop.create_task without making up a name, unless the program has its own factory."""
+        if self.loop.get_task_factory() is None:
+            return asyncio.Task(coro, loop=self.loop, name="request")
+        return self.loop.create_task(coro)
+
     def check_idle(self):
-        if self.stopping and not self.exchanges and not self.running:
+        if not self.exchanges and not self.running:
             self.idle.set()
 
     async def drain(self):

@@ -8,7 +8,7 @@ need qemu-user-static qemu-system-arm gcc-aarch64-linux-gnu libc6-dev-arm64-cros
 "$GUEST_ROOT/build.sh" arm64 >&2
 ARM64=$T/agent-arm64
 cp "$GUEST_ROOT/out/agent-arm64" "$ARM64"
-check_release 'shortcoming 14: out/agent-arm64' "$ARM64" AArch64
+check_release 'shortcoming 14: out/agent-arm64' "$ARM64" AArch64 704
 
 # serves NAME REGEX REQUEST…: request and http take the same arguments.
 serves() {

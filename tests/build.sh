@@ -92,7 +92,7 @@ dockerfile_builds_the_same() {
     [[ $(sha "$T/docker-agent") == "$(sha out/agent)" ]] || { echo "differs"; return 1; }
 }
 
-check_release out/agent out/agent X86-64
+check_release out/agent out/agent X86-64 640
 check 'build.sh size' ./build.sh size
 check_at_most 'out/agent-all: bytes, with every library whole' $((640 << 10)) "$(stat -c %s out/agent-all)"
 check 'build.sh: a word it does not know' says './build.sh debug' ./build.sh nonsense

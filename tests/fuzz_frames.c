@@ -131,7 +131,7 @@ static void slot_start(struct bench *b, struct slot *s, unsigned flags)
     buf_add_text(&r->text, "/");
     request_part_end(r, &r->raw_path);
     exchange_start(&s->ex, &b->loop, &worker_backend);
-    demand(worker_request(b->worker, &s->ex) == 0, "a request");
+    demand(worker_request(b->worker, &s->ex, (char[sizeof ((struct stream *)0)->accept]){ 0 }) == 0, "a request");
 }
 
 static void slot_send(struct slot *s, unsigned size, bool last)

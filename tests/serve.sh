@@ -36,7 +36,7 @@ wait_for 120 answers_or_ended || true
 took=$(($(ms) - start))
 check 'run: serves HTTP on 127.0.0.1' answers
 check_at_most "run: a second start takes at most $LIMIT_S s, in ms" $((LIMIT_S * 1000)) "$took"
-check 'run: names its address' has_said "serving $PAGE"
+check 'run: names its address' wait_for 10 has_said "serving $PAGE"
 check 'run: shows the console' has_said 'agent\[.*ready'
 refused 'run: a taken port is refused' 1 "port $GUEST_PORT of 127.0.0.1 is taken" \
     timeout 30 ./build.sh run examples/hello-python main:app

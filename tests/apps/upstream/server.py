@@ -298,6 +298,7 @@ async def main():
     is_v6 = os.environ.get("FAMILY") == "6"
     sock = socket.socket(socket.AF_INET6 if is_v6 else socket.AF_INET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)   # grows no more: 200 MiB must not fit
     sock.setblocking(False)
     sock.bind(("::1" if is_v6 else os.environ["HOST"], int(os.environ["PORT"])))
     sock.listen(4096)
