@@ -5609,7 +5609,7 @@ static void conn_half_closed(struct conn *c)
     }
 }
 
-static char conn_bytes[CONN_READ_BYTES];    /* what was read last */
+static char conn_bytes[WORKER_READ_BYTES];  /* what was read last */
 
 /* `in` has looked at conn_bytes: what is left of them is kept. */
 static void conn_keep(struct conn *c)
@@ -5629,7 +5629,7 @@ static void conn_read(struct conn *c, size_t most)
 {
     char *bytes = conn_bytes;
     bool tls = c->tls && c->state == CONN_OPEN;
-    ssize_t n = tls ? tls_read(c->tls, bytes, sizeof conn_bytes) : SYS_READ(c->watch.fd, bytes, most);
+    ssize_t n = tls ? tls_read(c->tls, bytes, CONN_READ_BYTES) : SYS_READ(c->watch.fd, bytes, most);
 
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return;
@@ -6886,6 +6886,7 @@ struct stream {
     int64_t          recv_credit;   /* body bytes that the worker may send */
     size_t           owed;          /* credit that it has not been told of */
     bool             is_event, head_seen, body_sent;
+    bool             all_here;      /* the response's last byte has come: no credit is of use */
     char             accept[WEBSOCKET_ACCEPT_CHARS + 1];    /* of a WebSocket's handshake, or "" */
     struct websocket *ws;           /* once the program has accepted it, while `ex` is there */
     struct stream   *next;
@@ -7160,7 +7161,7 @@ static void stream_give(void *stream, size_t n)
 {
     struct stream *s = stream;
 
-    if ((s->owed += n) < WORKER_CREDIT / 2)     /* a short response needs none of it back */
+    if (s->all_here || (s->owed += n) < WORKER_CREDIT / 2)      /* a short response needs none back */
         return;
     s->recv_credit += (int64_t)s->owed;
     frame_window(s->worker, s->id, s->owed);
@@ -7293,6 +7294,7 @@ static void worker_on_body(struct worker *w, struct stream **at, struct span pay
         runner_break(&w->runner, "it sent more of a body than it had credit for");
         return;
     }
+    s->all_here = last;
     if (s->ex && payload.n > 0)
         exchange_data(s->ex, payload);
     if (!last)
@@ -7618,6 +7620,8 @@ static struct runner *worker_start(const struct runner *base, const char *name, 
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0)
         goto failed;
     w->channel.fd = ends[0];
+    for (int i = 0; i < 2; i++)         /* fewer turns for long bodies */
+        setsockopt(ends[i], SOL_SOCKET, SO_SNDBUF, &(int){ WORKER_SOCKET_BYTES }, sizeof(int));
     if (fd_nonblock(ends[0]) < 0 || loop_want(base->loop, &w->channel, EPOLLIN) < 0
         || runner_start(&w->runner, name, &(struct spawn){ .argv = argv, .envp = envp,
                         .fds = { -1, -1, -1, ends[1], -1 } }) < 0)

@@ -2,7 +2,7 @@
 # Every fuzz target for half a minute (FUZZ_SECONDS), on what it found before and from its own
 # seeds; `./build.sh fuzz NAME SECONDS` runs one for longer. Full matrix: the agent is compiled
 # for each.
-TEST_SECONDS=${TEST_SECONDS:-600}
+TEST_SECONDS=${TEST_SECONDS:-900}
 . "$(dirname "$0")/lib.sh"
 
 SECONDS_EACH=${FUZZ_SECONDS:-30}
