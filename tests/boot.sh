@@ -58,7 +58,7 @@ halts() {
 
 # ---- the places ------------------------------------------------------------------------
 
-boot agent.log=debug
+boot agent.log=debug agent.limit.linger_ms=100     # the device tells no client of a half-close
 check_eq 'boot: the ready message is heard' 1 "$(grep -c '2\.0\.0' "$GUEST/ready")"
 check 'boot: root is an overlay' mounted overlay / rw
 check 'boot: the old root is at /rom, read-only' mounted ext4 /rom ro
