@@ -125,11 +125,11 @@ entropy() {
     cat >"$T/traced" <<END
 #!/bin/sh
 export ASAN_OPTIONS=detect_leaks=0      # which uses ptrace(2) itself
-exec strace -I 1 -D -f -qq -o $folder/strace -e trace=getrandom -e inject=getrandom:error=EAGAIN $real "\$@"
+exec strace -I 1 -D -f -qq -o $folder/strace -e trace=getrandom -e inject=getrandom:error=EAGAIN $folder/real "\$@"
 END
     chmod 755 "$T/traced"
     AGENT=$T/traced
-    NS_PREPARE='ulimit -c 0' ns_start --http "tls+unix:$folder/tls.sock" --tls-cert "$T/cert.pem" --tls-key "$T/key.pem"
+    NS_PREPARE="ulimit -c 0; cp '$real' '$folder/real'" ns_start --http "tls+unix:$folder/tls.sock" --tls-cert "$T/cert.pem" --tls-key "$T/key.pem"
     AGENT=$real
     pass '80: no entropy: ready is said'
     assert_console_has '80: no entropy: TLS says why it waits' 'tls: the kernel has no random bytes yet: nobody is served by TLS'
