@@ -118,18 +118,19 @@ full_folders() {
 # ---- 80: entropy ------------------------------------------------------------------------------------
 
 entropy() {
-    local real=$AGENT tracer curl_pid folder=$T/$((STARTS + 1))
+    local real=$AGENT tracer curl_pid folder=$T/$((STARTS + 1)) inner=$GUEST_ROOT/out/agent
+    ! is_sanitized || inner=$GUEST_ROOT/out/debug/agent     # $T may be out of the namespace's sight
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=guest \
         -addext subjectAltName=DNS:guest -keyout "$T/key.pem" -out "$T/cert.pem" 2>/dev/null
     # Init and all that it starts get no random bytes, as early in a boot (random(4)).
     cat >"$T/traced" <<END
 #!/bin/sh
 export ASAN_OPTIONS=detect_leaks=0      # which uses ptrace(2) itself
-exec strace -I 1 -D -f -qq -o $folder/strace -e trace=getrandom -e inject=getrandom:error=EAGAIN $folder/real "\$@"
+exec strace -I 1 -D -f -qq -o $folder/strace -e trace=getrandom -e inject=getrandom:error=EAGAIN $inner "\$@"
 END
     chmod 755 "$T/traced"
     AGENT=$T/traced
-    NS_PREPARE="ulimit -c 0; cp '$real' '$folder/real'" ns_start --http "tls+unix:$folder/tls.sock" --tls-cert "$T/cert.pem" --tls-key "$T/key.pem"
+    NS_PREPARE='ulimit -c 0' ns_start --http "tls+unix:$folder/tls.sock" --tls-cert "$T/cert.pem" --tls-key "$T/key.pem"
     AGENT=$real
     pass '80: no entropy: ready is said'
     assert_console_has '80: no entropy: TLS says why it waits' 'tls: the kernel has no random bytes yet: nobody is served by TLS'
