@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What runs out: descriptors, space, a console that nobody reads, random bytes. Memory and system
-# calls that fail one by one are tests/unit_faults.c's.
+# calls that fail one by one are tests/unit_faults.c's. Full matrix: it waits long.
 . "$(dirname "$0")/lib.sh"
 
 need openssl strace >&2
