@@ -580,7 +580,9 @@ static const char *buf_text(struct buf *b)
 static int fd_load(int fd, struct buf *out, size_t most)
 {
     for (;;) {
-        size_t part = out->len < 512 ? 512 : out->len;  /* a fresh page costs a boot a millisecond */
+        size_t part = out->cap - out->start - out->len;
+        if (part == 0)
+            part = out->len < 512 ? 512 : out->len;     /* a fresh page costs a boot a millisecond */
         char *to = buf_room(out, part);
         if (!to) {
             errno = ENOMEM;
@@ -14049,7 +14051,7 @@ static int agent_signals(struct agent *a)
         if (!sigismember(&wanted, sig) && sig != SIGSEGV && sig != SIGBUS && sig != SIGFPE
             && sig != SIGILL && sig != SIGABRT)
             sigaction(sig, &ignore, NULL);
-    sigprocmask(SIG_BLOCK, &wanted, NULL);
+    sigprocmask(SIG_SETMASK, &wanted, NULL);
     a->signals = (struct watch){ .fd = signalfd(-1, &wanted, SFD_CLOEXEC | SFD_NONBLOCK),
                                  .on_event = agent_on_signal };
     return a->signals.fd < 0 ? -1 : loop_want(&a->loop, &a->signals, EPOLLIN);
@@ -14346,7 +14348,6 @@ static void agent_boot_early(struct agent *a)
         a->options.config = PATH_CONF;
     if (agent_read_conf(a) < 0)
         log_info("%s", a->missing);
-    boot_protect();
 }
 
 /* What a program expects. Whoever connects before is in the listeners' queues. */
@@ -14357,16 +14358,16 @@ static void agent_boot_late(struct agent *a)
     if (a->booted)
         return;
     a->booted = true;
+    agent_signals(a);
     loop_never(&a->loop, &a->late_timer);
     if (!agent_is_sandboxed(a)) {
         boot_overlay(b);
         boot_stage(b, "overlay");
         boot_attach_modules(b);
-        if (boot_mount_early()) {   /* a folder for it could not be made before */
+        if (boot_mount_early())     /* a folder for it could not be made before */
             boot_console("/dev/console");
-            boot_protect();
-        }
     }
+    boot_protect();
     for (size_t i = 0; i < COUNT(boot_mounts_late); i++)
         boot_mount(&boot_mounts_late[i]);
     boot_stage(b, "sys, run, pts, shm");
@@ -14625,6 +14626,7 @@ static int init_options(struct options *o, int argc, char **argv)
 static int init_main(int argc, char **argv, bool is_machine)
 {
     static struct agent a;          /* for the life of the machine */
+    sigset_t every;
 
     a.boot.start_us = kernel_us();
     a.boot.modules_fd = -1;
@@ -14637,6 +14639,8 @@ static int init_main(int argc, char **argv, bool is_machine)
     }
     if (getpid() != 1)
         die("init must be process 1: of a machine, or of a namespace (unshare --pid --fork)");
+    sigfillset(&every);
+    sigprocmask(SIG_BLOCK, &every, NULL);   /* whatever comes before agent_signals waits */
     umask(022);
     agent_boot_early(&a);
     agent_init(&a);
@@ -14645,7 +14649,6 @@ static int init_main(int argc, char **argv, bool is_machine)
     a.button_timer = (struct watch){ .fd = -1, .on_deadline = button_on_time };
     for (size_t i = 0; i < COUNT(a.buttons); i++)
         a.buttons[i].watch.fd = -1;
-    agent_signals(&a);
     init_listen(&a);
     boot_stage(&a.boot, "listen");
     ready_try(&a.ready_timer);

@@ -275,12 +275,14 @@ agent_stamp() {
       sha256sum <"$file"; } | sha256sum
 }
 
-# link_release FILE [FLAG...]
+# link_release FILE [FLAG...]: our code and the C library's lie side by side, and their constants:
+# a boot reads what it touches from the disk, and little else.
 link_release() {
     local file=$1 crt=$OUT/musl/lib
     shift
     $CC -static -no-pie -nostdlib -Wl,--gc-sections,--build-id=none,-z,noexecstack,-z,noseparate-code,-s "$@" \
-        "$crt/crt1.o" "$crt/crti.o" "$OUT/agent.o" "$OUT/vendor.a" "$crt/libc.a" \
+        "$crt/crt1.o" "$crt/crti.o" -Wl,--whole-archive "$OUT/vendor.a" -Wl,--no-whole-archive \
+        "$OUT/agent.o" "$crt/libc.a" \
         "$($CC -print-libgcc-file-name)" "$crt/crtn.o" -o "$file"
     say "$file: $(stat -c %s "$file") bytes"
 }
