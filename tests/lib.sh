@@ -407,7 +407,7 @@ assert_console_has() {
 # The good request of the standing rule; a script may set another.
 GOOD=(request /)
 
-# pid1_kib FIELD: of /proc/1/status, as VmRSS or VmHWM.
+# pid1_kib FIELD: of /proc/1/status, as RssAnon or VmHWM.
 pid1_kib() {
     if [ -n "$NS_PID" ]; then
         cat "/proc/$PID1/status"
@@ -417,10 +417,10 @@ pid1_kib() {
 }
 
 # Takes the memory of pid 1 as the baseline that guest_ok compares with: when the program
-# runs and has answered once.
+# runs and has answered once. Without the pages of its file, which come the more of it has run.
 baseline() {
     "${GOOD[@]}" >"$T/good"
-    BASELINE_KIB=$(pid1_kib VmRSS)
+    BASELINE_KIB=$(pid1_kib RssAnon)
 }
 
 # guest_ok NAME: the standing rule, after whatever was done to it: the process lives, the
@@ -439,7 +439,7 @@ standing_rule() {
     [ -n "$BASELINE_KIB" ] || { echo 'no baseline was taken'; return 1; }
     is_alive "${GUEST_QEMU_PID:-$NS_PID}" || { echo 'it has ended'; return 1; }
     good_in_time || return 1
-    is_sanitized || wait_for 3 memory_is_back || { echo "VmRSS is $(pid1_kib VmRSS) KiB, was $BASELINE_KIB"; return 1; }
+    is_sanitized || wait_for 3 memory_is_back || { echo "RssAnon is $(pid1_kib RssAnon) KiB, was $BASELINE_KIB"; return 1; }
     ! guest_console_has "$BAD_CONSOLE" || { echo 'the console shows a crash'; return 1; }
 }
 
@@ -472,7 +472,7 @@ good_once() {
     cmp -s "$T/good" "$T/good.now" || { echo "the next good request differs: $(head -c 500 "$T/good.now")"; return 1; }
 }
 
-memory_is_back() { [ "$(pid1_kib VmRSS)" -le $((BASELINE_KIB + 256)) ]; }
+memory_is_back() { [ "$(pid1_kib RssAnon)" -le $((BASELINE_KIB + 256)) ]; }
 
 is_sanitized() { [ -n "$SANITIZED" ]; }
 
