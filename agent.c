@@ -7617,7 +7617,7 @@ static struct runner *worker_start(const struct runner *base, const char *name, 
     w->runner = *base;
     w->runner.kind = &worker_kind;
     w->next_id = 1;
-    w->out.keep = 2 * WORKER_OUT_HIGH;
+    w->out.keep = WORKER_OUT_HIGH;
     w->channel = (struct watch){ .fd = -1, .on_event = worker_on_event, .on_deadline = worker_on_deadline };
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0)
         goto failed;

@@ -168,7 +168,7 @@ enum frame_type {
 #define TLS_STEPS_PER_TURN  4               /* of handshakes: with an RSA key of 2048 bits one takes 6 ms */
 #define WORKER_CREDIT       (192 << 10)     /* body bytes under way per stream and direction */
 #define WORKER_FRAME_MAX    (256 << 10)     /* payload of one frame from a worker */
-#define WORKER_READ_BYTES   (256 << 10)     /* one read from a worker */
+#define WORKER_READ_BYTES   (128 << 10)     /* one read from a worker */
 #define WORKER_SOCKET_BYTES (512 << 10)     /* under way to and from it; the kernel's own limit may be less */
 #define CONF_PREFIX_MAX     9               /* digits of the configuration's length */
 #define CONN_READ_BYTES     (64 << 10)      /* one read, and room kept in an input buffer */
