@@ -391,6 +391,14 @@ static int mkdir_all(const char *path, mode_t mode)
     return mkdir(part, mode) < 0 && errno != EEXIST ? -1 : 0;
 }
 
+/* How many CPUs this process may use (sched_getaffinity(2)). */
+static int cpu_count(void)
+{
+    cpu_set_t cpus;
+
+    return sched_getaffinity(0, sizeof cpus, &cpus) < 0 ? 1 : CPU_COUNT(&cpus);
+}
+
 /* ==== buf: growing bytes, and a borrowed span ==================================== */
 struct span {
     const char *p;
@@ -652,6 +660,9 @@ struct loop {
     struct watch  *unplaced;        /* the heap found no memory for their deadlines: looked at every turn */
     struct watch  *soon_first, **soon_last;
     struct watch  *buried;
+    size_t         awaited;         /* requests under way */
+    int64_t        spin_us;         /* to look out for events, rather than sleep */
+    bool           prompt[2];       /* the last wait for a request, for an answer, took less */
 };
 
 #define HEAP_FULL       SIZE_MAX
@@ -848,10 +859,28 @@ static void loop_place(struct loop *l, int64_t now)
     }
 }
 
+/* To sleep and be woken takes a machine, a virtual one above all, longer than a client that has its
+ * answer takes to ask again. While one client asks in turn, and requests and answers come at once,
+ * they are looked out for instead. */
+static int loop_wait(struct loop *l, struct epoll_event *events, int most)
+{
+    int timeout = loop_timeout(l), n = 0;
+
+    if (timeout == 0 || l->spin_us == 0 || l->awaited > 1)
+        return epoll_wait(l->epoll_fd, events, most, timeout);
+    int64_t start = kernel_us();
+    while (l->prompt[0] && l->prompt[1] && n == 0 && kernel_us() - start < l->spin_us)
+        n = epoll_wait(l->epoll_fd, events, most, 0);
+    if (n == 0)
+        n = epoll_wait(l->epoll_fd, events, most, timeout);
+    l->prompt[l->awaited] = kernel_us() - start < l->spin_us;
+    return n;
+}
+
 static void loop_turn(struct loop *l)
 {
     struct epoll_event events[64];
-    int n = epoll_wait(l->epoll_fd, events, COUNT(events), loop_timeout(l));
+    int n = loop_wait(l, events, COUNT(events));
 
     l->turn++;
     for (int i = 0; i < n; i++) {
@@ -2103,15 +2132,6 @@ static bool hostname_ok(const char *name)
     return n > 0 && n <= HOSTNAME_MAX;
 }
 
-/* How many CPUs this process may use, within what `workers` may be. */
-static int64_t workers_auto(void)
-{
-    cpu_set_t cpus;
-    int n = sched_getaffinity(0, sizeof cpus, &cpus) < 0 ? 1 : CPU_COUNT(&cpus);
-
-    return n < WORKERS_MAX ? n : WORKERS_MAX;
-}
-
 static int conf_check_file(struct conf *c, struct buf *why)
 {
     if (c->folder && c->folder[0] != '/')
@@ -2130,7 +2150,7 @@ static int conf_check_file(struct conf *c, struct buf *why)
     if (c->workers > 1 && !has_workers)
         return conf_wrong(why, "workers: only one of an executable or a Python file, which listens itself");
     if (c->workers == WORKERS_AUTO)
-        c->workers = has_workers ? workers_auto() : 1;
+        c->workers = !has_workers ? 1 : cpu_count() < WORKERS_MAX ? cpu_count() : WORKERS_MAX;
     return 0;
 }
 
@@ -6201,6 +6221,8 @@ static void exchange_unload(struct exchange *ex)
 /* The backend has gone or is done with this exchange. */
 static void exchange_leave(struct exchange *ex)
 {
+    if (ex->backend)
+        ex->loop->awaited--;
     exchange_unload(ex);
     loop_never(ex->loop, &ex->timer);
     ex->backend = NULL;
@@ -6377,6 +6399,7 @@ static void exchange_start(struct exchange *ex, struct loop *loop, const struct 
 {
     ex->loop = loop;
     ex->backend = backend;
+    loop->awaited++;
     ex->head_seen = false;
     ex->load = NULL;
     ex->may_upgrade = ex->request.upgrade.n > 0;
@@ -14419,6 +14442,7 @@ static void agent_before_launch(struct program *p)
 static void agent_init(struct agent *a)
 {
     loop_init(&a->loop);
+    a->loop.spin_us = cpu_count() > 1 ? limits.spin_us : 0;
     program_init(&a->program, &a->loop, &a->children);
     a->conns.loop = a->aleph.loop = a->setup.loop = &a->loop;
     a->aleph.conns = &a->conns;
