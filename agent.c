@@ -860,20 +860,20 @@ static void loop_place(struct loop *l, int64_t now)
 }
 
 /* To sleep and be woken takes a machine, a virtual one above all, longer than a client that has its
- * answer takes to ask again. While one client asks in turn, and requests and answers come at once,
- * they are looked out for instead. */
+ * answer takes to ask again. While few ask in turn, and requests and answers come at once, they are
+ * looked out for instead. */
 static int loop_wait(struct loop *l, struct epoll_event *events, int most)
 {
     int timeout = loop_timeout(l), n = 0;
 
-    if (timeout == 0 || l->spin_us == 0 || l->awaited > 1)
+    if (timeout == 0 || l->spin_us == 0 || l->awaited > SPIN_REQUESTS)
         return epoll_wait(l->epoll_fd, events, most, timeout);
     int64_t start = kernel_us();
     while (l->prompt[0] && l->prompt[1] && n == 0 && kernel_us() - start < l->spin_us)
         n = epoll_wait(l->epoll_fd, events, most, 0);
     if (n == 0)
         n = epoll_wait(l->epoll_fd, events, most, timeout);
-    l->prompt[l->awaited] = kernel_us() - start < l->spin_us;
+    l->prompt[l->awaited > 0] = kernel_us() - start < l->spin_us;
     return n;
 }
 

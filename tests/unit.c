@@ -1013,7 +1013,7 @@ static void test_loop_spin(void)
     check(loop_looks(&l, 0, true) == 1, "it sleeps where it was not told to look out");
     l.spin_us = 20000;
     check(loop_looks(&l, 0, false) == 1, "it sleeps while events take their time");
-    check(loop_looks(&l, 2, true) == 1, "it sleeps while several requests are under way");
+    check(loop_looks(&l, SPIN_REQUESTS + 1, true) == 1, "it sleeps while many requests are under way");
     check(loop_looks(&l, 1, true) > 10 && l.prompt[0] && !l.prompt[1], "it looks out for an answer, for so long");
     check(loop_looks(&l, 0, true) > 10 && !l.prompt[0] && l.prompt[1], "it looks out for a request, for so long");
     check(pipe(ends) == 0 && write(ends[1], "", 1) == 1, "a pipe");
