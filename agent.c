@@ -10721,9 +10721,11 @@ static void aleph_on_room(struct exchange *ex)
 
 static size_t aleph_reply_max(void)
 {
+    static uint64_t quarter;        /* of the memory that there was at the first reply */
     struct sysinfo info;
-    uint64_t quarter = sysinfo(&info) == 0 ? (uint64_t)info.totalram * info.mem_unit / 4 : UINT64_MAX;
 
+    if (quarter == 0)
+        quarter = sysinfo(&info) == 0 ? (uint64_t)info.totalram * info.mem_unit / 4 : UINT64_MAX;
     return quarter < (uint64_t)limits.reply_bytes ? (size_t)quarter : (size_t)limits.reply_bytes;
 }
 
@@ -13724,6 +13726,8 @@ struct agent {
     size_t              http_len;
     struct tls_keys    *keys;               /* NULL: no TLS */
     struct bridge       bridge;
+    void               *ballast;            /* as large as a connection; never used: without it musl maps and unmaps
+                                               a page for each one that comes alone */
     struct boot         boot;
     struct options      options;
     struct settings     settings;           /* as the file has them */
@@ -14404,6 +14408,7 @@ static void agent_boot_late(struct agent *a)
         boot_stage(b, "prewarm");
     }
     agent_listen(a, true);
+    a->ballast = malloc(sizeof(struct aleph));
     if (a->conf.entrypoint)
         agent_setup(a);
     if (!agent_is_sandboxed(a))
