@@ -317,18 +317,18 @@ GOALS = [
 
 
 def run_row(title, subjects, measure, rounds, seconds):
-    """{subject: Sample}"""
+    """{subject: Samples, one of each round}. Before, each runs until what compiles it is done (V8)."""
     print("== " + title, file=sys.stderr)
     servers = []
     try:
         for name, commands in subjects:
             servers.append(Server(name, commands))
             servers[-1].await_ready()
-            measure(servers[-1], 1)
+            measure(servers[-1], 2 * seconds)
         for _ in range(rounds):
             for server in servers:
                 server.samples.append(measure(server, seconds))
-        return {server.name: median(server.samples) for server in servers}
+        return {server.name: server.samples for server in servers}
     finally:
         for server in servers:
             server.stop()
@@ -344,7 +344,7 @@ def paced(rate):
 def run_latency(rounds, seconds):
     """Both at half of what the slower of the two can do."""
     full = run_row("the most that each does, 8 connections", ASGI[:2], hello(8), 1, seconds)
-    rate = min(s.rate for s in full.values()) / 2
+    rate = min(median(samples).rate for samples in full.values()) / 2
     title = "hello at %d requests a second, 8 connections" % rate
     return title, run_row(title, ASGI[:2], paced(rate), rounds, seconds)
 
@@ -442,7 +442,7 @@ def guest_sample(guest, load, ask, expected):
 
 
 def guest_requests(init, rounds, seconds):
-    """{subject: Sample} of requests in turn and of 16 at once, in one guest."""
+    """{subject: Samples} of requests in turn and of 16 at once, in one guest."""
     is_agent = init == AGENT
     guest = Guest(init)
     try:
@@ -465,7 +465,7 @@ def guest_requests(init, rounds, seconds):
                     sample = guest_sample(guest, load, *subject)
                     if turn > 0:        # the first is for warming up
                         table[name].append(sample)
-        return [{name: median(column) for name, column in table.items()} for table in samples]
+        return samples
     finally:
         guest.stop()
 
@@ -480,7 +480,7 @@ def run_guest(rounds, seconds):
     for _ in range(rounds):
         for name, init in inits.items():
             boots[name].append(boot_once(init))
-    yield "boot", "boot of a guest to its ready message", {name: median(b) for name, b in boots.items()}
+    yield "boot", "boot of a guest to its ready message", boots
     tables = guest_requests(AGENT, rounds, seconds)
     if TWO_SCRIPT_INIT:
         for table, more in zip(tables, guest_requests(inits["two-script init"], rounds, seconds)):
@@ -499,23 +499,26 @@ FORMATS = {
 
 
 def formats(subjects):
-    return FORMATS[type(next(iter(subjects.values())))]
+    return FORMATS[type(next(iter(subjects.values()))[0])]
 
 
 def tell(subjects):
     heads, forms = formats(subjects)
-    for name, s in subjects.items():
-        print("   %-28s " % name + "  ".join((form + " " + head) % value for head, form, value in zip(heads, forms, s)),
-              file=sys.stderr)
+    for name, samples in subjects.items():
+        print("   %-28s " % name + "  ".join((form + " " + head) % value
+                                             for head, form, value in zip(heads, forms, median(samples))), file=sys.stderr)
 
 
 def goals(results):
-    """Rows of the table of goals, for what was measured."""
+    """Rows of the table of goals, for what was measured. A round's figures are compared with each
+    other, as the machine differs from one to the next; the median of that counts."""
     for row, column, other, goal in GOALS:
         title, subjects = results.get(row, ("", {}))
         if "agent" not in subjects or (other and other not in subjects):
             continue
-        got = getattr(subjects["agent"], column) / (getattr(subjects[other], column) if other else 1)
+        ours, theirs = ([getattr(s, column) for s in subjects[name]] if name else [1] * len(subjects["agent"])
+                        for name in ("agent", other))
+        got = statistics.median(a / b for a, b in zip(ours, theirs))
         at_least = column == "rate"
         good = got >= goal if at_least else got <= goal
         digits = "%.2f" if other else "%.0f"
@@ -534,8 +537,8 @@ def markdown(results, args):
         heads, forms = formats(subjects)
         lines += ["", "## " + title[0].upper() + title[1:], "", "| | " + " | ".join(heads) + " |",
                   "|---|" + "---:|" * len(heads)]
-        lines += ["| " + " | ".join([name] + [form % value for form, value in zip(forms, s)]) + " |"
-                  for name, s in subjects.items()]
+        lines += ["| " + " | ".join([name] + [form % value for form, value in zip(forms, median(samples))]) + " |"
+                  for name, samples in subjects.items()]
     lines += ["", "## Goals", "", "| | | compared with | ratio or figure | goal | |", "|---|---|---|---:|---:|---|"]
     return "\n".join(lines + list(goals(results))) + "\n"
 
@@ -544,15 +547,16 @@ def svg(results):
     """A bar for each subject of each row: its first column, longest in its row."""
     y, parts = 10, []
     for title, subjects in results.values():
-        most = max(s[0] for s in subjects.values())
+        bars = {name: median(samples)[0] for name, samples in subjects.items()}
+        most = max(bars.values())
         parts.append('<text x="10" y="%d" font-weight="bold">%s (%s)</text>' % (y + 14, title, formats(subjects)[0][0]))
         y += 22
-        for name, s in subjects.items():
+        for name, bar in bars.items():
             parts.append('<text x="200" y="%d" text-anchor="end">%s</text>'
                          '<rect x="208" y="%d" width="%.1f" height="13" fill="%s"/>'
                          '<text x="%.1f" y="%d">%.0f</text>' % (
-                             y + 11, name, y, 420 * s[0] / most, "#2563eb" if name.startswith("agent") else "#9ca3af",
-                             214 + 420 * s[0] / most, y + 11, s[0]))
+                             y + 11, name, y, 420 * bar / most, "#2563eb" if name.startswith("agent") else "#9ca3af",
+                             214 + 420 * bar / most, y + 11, bar))
             y += 17
         y += 12
     return ('<svg xmlns="http://www.w3.org/2000/svg" width="700" height="%d" font-family="sans-serif" '
