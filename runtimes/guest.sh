@@ -10,7 +10,7 @@ GUEST_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 GUEST_CACHE=${GUEST_CACHE:-$GUEST_ROOT/out/guest}
 AGENT=${AGENT:-$GUEST_ROOT/out/agent}
 
-GUEST_PACKAGES='qemu-system-x86 mmdebstrap debian-archive-keyring e2fsprogs mount busybox-static cpio'
+GUEST_PACKAGES='qemu-system-x86 mmdebstrap debian-archive-keyring e2fsprogs mount busybox-static cpio lz4'
 
 # The vsock device: Debian's package, unpacked and not installed; it needs only glibc 2.34.
 # When the mirror has moved on, the same program is the Rust crate vhost-device-vsock 0.3.0.
@@ -27,9 +27,10 @@ MODULES_EXTRA='vsock_loopback virtio_mmio ext4 btrfs xfs button evdev'
 GUEST_MEMORY=${GUEST_MEMORY:-1024M}
 GUEST_CPUS=${GUEST_CPUS:-1}
 GUEST_EMULATOR=qemu-system-x86_64
+GUEST_EMULATED=Westmere,+rdrand     # AVX, SMAP and deep page tables cost an emulator much
 GUEST_MACHINE=q35           # or microvm, whose GUEST_BUS is `device`: virtio by MMIO, no PCI
 GUEST_BUS=pci
-GUEST_ARGS='console=ttyS0 reboot=k panic=1 swiotlb=noforce random.trust_cpu=on loglevel=4 cryptomgr.notests ro'
+GUEST_ARGS='console=ttyS0 reboot=k panic=1 swiotlb=noforce random.trust_cpu=on loglevel=4 cryptomgr.notests mitigations=off ro'
 GUEST_ARGS+=' initcall_blacklist=init_kprobe_trace,crypto_kdf108_init'    # a tenth of an emulated boot, for nothing
 GUEST_SILENT_S=10           # a boot that printed nothing after so much time of a processor, or
 GUEST_STUCK_S=60            # of the clock, is started again: a busy machine is slow, not stuck
@@ -97,10 +98,19 @@ guest_fetch_kernel() {
     (cd "$to" && guest_apt "$state" apt-get download "$name" >&2)
     deb=$(echo "$to"/linux-image-*.deb)
     dpkg-deb --fsys-tarfile "$deb" | tar -x -C "$to/tree" ./boot ./lib
-    mv "$to"/tree/boot/vmlinuz-* "$to/vmlinuz"
+    guest_unpack_kernel "$to"/tree/boot/vmlinuz-* "$to/vmlinuz"
     busybox depmod -b "$to/tree" "${name#linux-image-}"
     guest_pick_modules "$to/tree" "$to" $MODULES_DISK $MODULES_REST $MODULES_EXTRA
     rm -r "$to/tree" "$state" "$deb"
+}
+
+# guest_unpack_kernel FROM TO: the kernel that a bzImage holds compressed by LZ4, which QEMU starts
+# through PVH as it is; any other file as it is. lz4 tells of what lies behind the stream.
+guest_unpack_kernel() {
+    local at
+    at=$(LC_ALL=C grep -abom 1 -P '\x02\x21\x4c\x18' "$1" | head -n 1) || true
+    tail -c +$((${at%%:*} + 1)) "$1" | lz4 -dq >"$2" 2>/dev/null || true
+    [ "$(head -c 4 "$2")" = $'\x7fELF' ] || cp "$1" "$2"
 }
 
 # guest_pick_modules FROM TO NAME…: the named modules and all that they need, from one
@@ -253,7 +263,7 @@ guest_hash() { cat "$@" | sha256sum | cut -c 1-12; }
 # Everything that any guest needs. Sets GUEST_KERNEL, GUEST_INITRAMFS and GUEST_VSOCK.
 guest_need() {
     need $GUEST_PACKAGES
-    GUEST_KERNEL=$GUEST_CACHE/kernel-$(declare -f guest_fetch_kernel guest_pick_modules \
+    GUEST_KERNEL=$GUEST_CACHE/kernel-$(declare -f guest_fetch_kernel guest_unpack_kernel guest_pick_modules \
         guest_module_closure | guest_hash - <(echo "$MODULES_DISK,$MODULES_REST,$MODULES_EXTRA"))
     guest_once "$GUEST_KERNEL" guest_fetch_kernel
     GUEST_INITRAMFS=$GUEST_KERNEL-$(declare -f guest_make_initramfs |
@@ -315,7 +325,7 @@ guest_qemu() {
     shift
     case $accel in
     kvm) set -- -accel kvm -cpu host "$@" ;;
-    *) set -- -accel tcg,thread=multi -cpu max "$@" ;;
+    *) set -- -accel tcg,thread=multi -cpu "$GUEST_EMULATED" "$@" ;;
     esac
     spawn "$GUEST/qemu.log" "$GUEST_EMULATOR" -nodefaults -no-user-config -no-reboot -display none \
         -machine "$GUEST_MACHINE,memory-backend=mem" -smp "$GUEST_CPUS" -m "$GUEST_MEMORY" \

@@ -49,7 +49,7 @@ fetch_arm64_kernel() {
 guest_image() {
     export -f fetch_arm64_kernel
     GUEST_KERNEL=$GUEST_CACHE/kernel-arm64-$(declare -f guest_fetch_kernel fetch_arm64_kernel \
-        guest_pick_modules | guest_hash - <(echo "$MODULES_DISK,$MODULES_REST,$MODULES_EXTRA"))
+        guest_unpack_kernel guest_pick_modules | guest_hash - <(echo "$MODULES_DISK,$MODULES_REST,$MODULES_EXTRA"))
     guest_once "$GUEST_KERNEL" fetch_arm64_kernel
     GUEST_INITRAMFS=$T/initramfs GUEST_IMAGE=$T/root.ext4
     AGENT=$ARM64 initramfs "$GUEST_INITRAMFS" $MODULES_DISK $MODULES_REST
@@ -60,7 +60,7 @@ guest_image() {
 guest_accel() { GUEST_ACCEL=tcg; }
 
 guest_need
-GUEST_EMULATOR=qemu-system-aarch64 GUEST_MACHINE=virt GUEST_MEMORY=256M
+GUEST_EMULATOR=qemu-system-aarch64 GUEST_MACHINE=virt GUEST_EMULATED=max GUEST_MEMORY=256M
 GUEST_ARGS=${GUEST_ARGS/ttyS0/ttyAMA0}
 mke2fs -q -t ext4 "$T/volume" 8M >/dev/null
 mkdir "$T/program"

@@ -96,7 +96,7 @@ mkdir "$T/static" "$T/nginx"
 echo static >"$T/static/file"
 chmod 755 "$T" "$T/static"
 {
-    echo "pid $T/nginx.pid; daemon off; error_log $T/nginx.err; events { } http { access_log off;"
+    echo "pid $T/nginx.pid; daemon off; master_process off; error_log $T/nginx.err; events { } http { access_log off;"
     for kind in client_body proxy fastcgi uwsgi scgi; do echo "${kind}_temp_path $T/nginx;"; done
     example "nginx's"
     echo '}'
