@@ -19,7 +19,7 @@
  *
  * Sections, each using only those above it (grep '^/\* ====' agent.c):
  *   log sys buf loop text mp conf boot net zip vol child tls conn exchange websocket runner worker upstream
- *   node program job data ssh setup aleph http pump bridge call forward init run main
+ *   node program job data ssh setup aleph http pump bridge call forward hash init run main
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -81,6 +81,7 @@
 #include <mbedtls/platform_util.h>
 #include <mbedtls/psa_util.h>
 #include <mbedtls/sha1.h>
+#include <mbedtls/sha256.h>
 #include <mbedtls/ssl.h>
 #include <mbedtls/x509_crt.h>
 #include <psa/crypto.h>
@@ -13689,6 +13690,245 @@ static int forward_main(int argc, char **argv)
     return EXIT_OK;
 }
 
+/* ==== hash: a file's item_hash ====================================================
+ * Files of the aleph.im network are called by what is in them. The storage engine "storage"
+ * takes the SHA-256 of the bytes; "ipfs" takes the CIDv0 that `ipfs add` gives: the SHA-256 of the
+ * root of a tree, whose leaves hold 256 KiB each and whose other nodes up to 174 links. It is filled
+ * from the left, all leaves equally deep; a single leaf is the root itself. A node is a protobuf
+ * message (DAG-PB) around another (UnixFS). Sources: the IPFS specifications "UnixFS" and "DAG-PB",
+ * and "CID" and "multihash" of multiformats. */
+#define HASH_LEAF_BYTES     (256 << 10)
+#define HASH_LINKS          174
+#define HASH_LEVELS         8           /* 174^7 leaves are more than any file has */
+#define HASH_CID_BYTES      34          /* a multihash: 0x12 for SHA-256, 32 bytes, and those */
+#define HASH_TEXT_BYTES     65          /* with its NUL; hexadecimal is the longer one */
+
+/* A node, as the one above it sees it. */
+struct hash_link {
+    unsigned char digest[32];
+    uint64_t      file_bytes;           /* of the file, at and below it */
+    uint64_t      node_bytes;           /* of all nodes, at and below it */
+};
+
+struct hash_tree {
+    struct {
+        struct hash_link links[HASH_LINKS];
+        size_t           n;
+    } levels[HASH_LEVELS];              /* what no node above has taken yet; level 0 has leaves */
+    size_t depth;                       /* levels that have links */
+    bool   failed;                      /* no memory */
+};
+
+static void pb_varint(struct buf *b, uint64_t value)
+{
+    unsigned char bytes[10];
+    size_t n = 0;
+
+    for (; value > 127; value >>= 7)
+        bytes[n++] = (unsigned char)(value | 128);
+    bytes[n++] = (unsigned char)value;
+    buf_add(b, bytes, n);
+}
+
+static void pb_number(struct buf *b, unsigned field, uint64_t value)
+{
+    pb_varint(b, field << 3);
+    pb_varint(b, value);
+}
+
+static void pb_bytes(struct buf *b, unsigned field, struct span s)
+{
+    pb_varint(b, field << 3 | 2);
+    pb_varint(b, s.n);
+    buf_add(b, s.p, s.n);
+}
+
+/* What a CIDv0 is before it becomes text. */
+static struct span hash_cid(const struct hash_link *l, unsigned char cid[static HASH_CID_BYTES])
+{
+    cid[0] = 0x12;
+    cid[1] = sizeof l->digest;
+    memcpy(cid + 2, l->digest, sizeof l->digest);
+    return (struct span){ (char *)cid, HASH_CID_BYTES };
+}
+
+/* DAG-PB's PBLink: Hash, Name, Tsize. */
+static void hash_add_pblink(struct buf *node, const struct hash_link *l)
+{
+    unsigned char cid[HASH_CID_BYTES];
+    struct buf link = { 0 };
+
+    pb_bytes(&link, 1, hash_cid(l, cid));
+    pb_bytes(&link, 2, SPAN(""));
+    pb_number(&link, 3, l->node_bytes);
+    pb_bytes(node, 2, buf_span(&link));
+    node->failed |= link.failed;
+    buf_fini(&link);
+}
+
+/* A leaf of `data`, or a node above n links. DAG-PB's PBNode has its Links before its Data, which is
+ * UnixFS's Data: Type (2: File), Data, filesize, blocksizes. */
+static struct hash_link hash_node(struct hash_tree *t, const struct hash_link *links, size_t n, struct span data)
+{
+    struct hash_link out = { .file_bytes = data.n };
+    struct buf node = { 0 }, file = { 0 };
+
+    for (size_t i = 0; i < n; i++) {
+        hash_add_pblink(&node, &links[i]);
+        out.file_bytes += links[i].file_bytes;
+        out.node_bytes += links[i].node_bytes;
+    }
+    pb_number(&file, 1, 2);
+    if (data.n > 0)
+        pb_bytes(&file, 2, data);
+    pb_number(&file, 3, out.file_bytes);
+    for (size_t i = 0; i < n; i++)
+        pb_number(&file, 4, links[i].file_bytes);
+    pb_bytes(&node, 1, buf_span(&file));
+    out.node_bytes += node.len;
+    t->failed |= node.failed || file.failed ||
+        mbedtls_sha256((const unsigned char *)buf_at(&node), node.len, out.digest, 0) != 0;
+    buf_fini(&node);
+    buf_fini(&file);
+    return out;
+}
+
+/* A full level becomes a node of the next one only when there is more: the last may be the root. */
+static void hash_add(struct hash_tree *t, size_t level, struct hash_link l)
+{
+    if (t->levels[level].n == HASH_LINKS) {
+        hash_add(t, level + 1, hash_node(t, t->levels[level].links, HASH_LINKS, SPAN("")));
+        t->levels[level].n = 0;
+    }
+    t->levels[level].links[t->levels[level].n++] = l;
+    if (t->depth <= level)
+        t->depth = level + 1;
+}
+
+static struct hash_link hash_root(struct hash_tree *t)
+{
+    size_t level = 0;
+
+    for (; level + 1 < t->depth || t->levels[level].n > 1; level++)
+        hash_add(t, level + 1, hash_node(t, t->levels[level].links, t->levels[level].n, SPAN("")));
+    return t->levels[level].links[0];
+}
+
+/* Base 58 as Bitcoin writes it; the first byte is not 0 here. */
+static void hash_base58(char text[static HASH_TEXT_BYTES], struct span bytes)
+{
+    static const char digits[] = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz";
+    unsigned char values[HASH_TEXT_BYTES] = { 0 };    /* the least one first */
+    size_t n = 0;
+
+    for (size_t i = 0; i < bytes.n; i++) {
+        unsigned carry = (unsigned char)bytes.p[i];
+        for (size_t k = 0; k < n || carry > 0; k++) {
+            carry += values[k] * 256u;
+            values[k] = (unsigned char)(carry % 58);
+            carry /= 58;
+            n = k < n ? n : k + 1;
+        }
+    }
+    for (size_t i = 0; i < n; i++)
+        text[i] = digits[values[n - 1 - i]];
+    text[n] = '\0';
+}
+
+struct hashes {
+    uint64_t bytes;
+    char     storage[HASH_TEXT_BYTES], ipfs[HASH_TEXT_BYTES];
+};
+
+/* As much of a file as `into` has room for, or -1. */
+static ssize_t hash_read(int fd, char *into, size_t room)
+{
+    size_t n = 0;
+    ssize_t got = 1;
+
+    while (n < room && got != 0) {
+        if ((got = SYS_READ(fd, into + n, room - n)) < 0 && errno != EINTR)
+            return -1;
+        n += got > 0 ? (size_t)got : 0;
+    }
+    return (ssize_t)n;
+}
+
+/* 0, or -1 with errno. */
+static int hash_file(int fd, struct hashes *out)
+{
+    struct hash_tree *t = calloc(1, sizeof *t);
+    char *leaf = malloc(HASH_LEAF_BYTES);
+    unsigned char digest[32], cid[HASH_CID_BYTES];
+    mbedtls_sha256_context whole;
+    ssize_t n = HASH_LEAF_BYTES;
+
+    *out = (struct hashes){ 0 };
+    mbedtls_sha256_init(&whole);
+    errno = ENOMEM;
+    bool ok = t && leaf && mbedtls_sha256_starts(&whole, 0) == 0;
+    while (ok && n == HASH_LEAF_BYTES && (ok = (n = hash_read(fd, leaf, HASH_LEAF_BYTES)) >= 0)) {
+        out->bytes += (uint64_t)n;
+        ok = mbedtls_sha256_update(&whole, (unsigned char *)leaf, (size_t)n) == 0;
+        if (n > 0 || out->bytes == 0)
+            hash_add(t, 0, hash_node(t, NULL, 0, (struct span){ leaf, (size_t)n }));
+    }
+    if (ok && (ok = mbedtls_sha256_finish(&whole, digest) == 0)) {
+        struct hash_link root = hash_root(t);
+        for (size_t i = 0; i < sizeof digest; i++)
+            snprintf(out->storage + 2 * i, 3, "%02x", digest[i]);
+        hash_base58(out->ipfs, hash_cid(&root, cid));
+        ok = !t->failed;
+    }
+    mbedtls_sha256_free(&whole);
+    free(leaf);
+    free(t);
+    return ok ? 0 : -1;
+}
+
+static const char hash_usage[] =
+    "usage: agent hash FILE...                  size and item_hash of files, for both storage engines\n"
+    "       agent hash --verify HASH FILE...    exit code 1 unless each has this item_hash\n";
+
+/* Of a file, on one line each; verified against `expected` where there is one. */
+static bool hash_report(const char *path, const char *expected)
+{
+    struct hashes h;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int rc = fd < 0 ? -1 : hash_file(fd, &h);
+
+    if (rc < 0)
+        fprintf(stderr, "agent hash: %s: %s\n", path, strerror(errno));
+    fd_close(&fd);
+    if (rc < 0)
+        return false;
+    printf("%s: %" PRIu64 " bytes\nitem_hash (storage): %s\nitem_hash (ipfs): %s\n", path, h.bytes, h.storage, h.ipfs);
+    bool is = !expected || strcmp(expected, h.storage) == 0 || strcmp(expected, h.ipfs) == 0;
+    if (!is)
+        fprintf(stderr, "agent hash: %s is not %s\n", path, expected);
+    return is;
+}
+
+static int hash_main(int argc, char **argv)
+{
+    bool verifies = argc > 1 && strcmp(argv[1], "--verify") == 0, ok = true;
+    const char *expected = verifies && argc > 2 ? argv[2] : NULL;
+    int first = verifies ? 3 : 1;
+
+    if (argc <= first || argv[first][0] == '-') {
+        fputs(hash_usage, stderr);
+        return argc == 2 && strcmp(argv[1], "--help") == 0 ? EXIT_OK : EXIT_USAGE;
+    }
+    if (expected && !(strlen(expected) == 64 && strspn(expected, "0123456789abcdef") == 64) &&
+        !(strlen(expected) == 46 && strncmp(expected, "Qm", 2) == 0)) {
+        fprintf(stderr, "agent hash: %s is no item_hash: expected a SHA-256 of 64 hexadecimal digits or a CIDv0 (Qm...)\n", expected);
+        return EXIT_USAGE;
+    }
+    for (int i = first; i < argc; i++)
+        ok &= hash_report(argv[i], expected);
+    return ok ? EXIT_OK : EXIT_FAILED;
+}
+
 /* ==== init: PID 1 ================================================================ */
 #define READY_PATIENCE_MS   100     /* then the rest of boot goes first */
 #define BUTTON_PATIENCE_MS  1000    /* after boot: a configuration goes first */
@@ -15013,6 +15253,7 @@ static const char usage[] =
     "  agent call SOCKET shell COMMAND                  run a command in the guest\n"
     "  agent call SOCKET halt                           stop the guest\n"
     "  agent forward [--raw] LISTEN TARGET              reach a guest's HTTP, or any port, by TCP\n"
+    "  agent hash FILE...                               the item_hash of an image\n"
     "\n"
     "  agent init --listen ADDRESS --ready ADDRESS      init in a sandbox, for tests\n"
     "\n"
@@ -15025,7 +15266,7 @@ static const char usage[] =
 int main(int argc, char **argv)
 {
     static const struct { const char *word; int (*run)(int argc, char **argv); } commands[] = {
-        { "run", run_main }, { "call", call_main }, { "forward", forward_main },
+        { "run", run_main }, { "call", call_main }, { "forward", forward_main }, { "hash", hash_main },
     };
     const char *word = argc > 1 ? argv[1] : "";
 

@@ -16,7 +16,7 @@ trap 'exit 130' INT TERM
 # Not a test, or with a home of their own above.
 is_test() { [[ $1 != lib && $1 != run ]]; }
 is_for_guests() { grep -qsE '^[^#]*\b(boot|start_guest|new_guest)\b' "tests/$1.sh"; }
-needs_no_guest() { grep -qsE '^[^#]*(\bns_start\b|"\$AGENT" run\b)' "tests/$1.sh"; }
+needs_no_guest() { grep -qsE '^[^#]*(\bns_start\b|"\$AGENT" (run|hash)\b)' "tests/$1.sh"; }
 # What the head of a script says of it: that it disturbs others, or minds being disturbed; that
 # it takes long for what it adds.
 head_says() { sed '/^[^#]/q' "tests/$1.sh" 2>/dev/null | grep -q "$2"; }
