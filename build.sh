@@ -350,6 +350,8 @@ usage() {
 ./build.sh fuzz NAME [SECONDS]  tests/fuzz_NAME.c under libFuzzer
 ./build.sh bench [ROW...]     the agent beside other servers: out/bench/report.md and .svg
 ./build.sh run DIR ENTRYPOINT a guest that serves DIR on http://127.0.0.1:8080
+./build.sh image NAME         a runtime or an instance: out/NAME.squashfs or .btrfs; --help lists them
+./build.sh check IMAGE        whether the runtime in IMAGE does what a host may expect of it
 ./build.sh size               out/agent-all, with every library linked in whole
 ./build.sh clean              removes out/; downloads stay in vendor/cache
 END
@@ -365,6 +367,8 @@ main() {
     test) guest_early & locked build_release; locked build_debug; exec tests/run.sh "$@" ;;
     fuzz) locked build_fuzz "${1:?NAME is missing}"; run_fuzz "$@" ;;
     bench) locked build_release; exec bench/run.sh "$@" ;;
+    image) locked build_release; . runtimes/image.sh; image_main "$@" ;;
+    check) locked build_release; exec runtimes/check.sh "$@" ;;
     run) locked build_release; . runtimes/guest.sh; guest_run "$@" ;;
     clean) rm -rf out ;;
     help | --help | -h) usage ;;

@@ -35,6 +35,7 @@ GUEST_ARGS+=' initcall_blacklist=init_kprobe_trace,crypto_kdf108_init'    # a te
 GUEST_SILENT_S=10           # a boot that printed nothing after so much time of a processor, or
 GUEST_STUCK_S=60            # of the clock, is started again: a busy machine is slow, not stuck
 GUEST_TRIES=3
+GUEST_FUNCTIONS=$GUEST_ROOT/runtimes/guest.sh    # what guest_once finds its functions in
 
 declare -F need >/dev/null || . "$GUEST_ROOT/build.sh"
 
@@ -51,7 +52,7 @@ guest_once() {
         [ ! -e "$path" ] || exit 0
         rm -rf "$path.part"
         export GUEST_CACHE AGENT
-        bash -c 'set -eu; . "$1"; shift; "$@"' - "$GUEST_ROOT/runtimes/guest.sh" \
+        bash -c 'set -eu; . "$1"; shift; "$@"' - "$GUEST_FUNCTIONS" \
             "$function" "$path.part" "$@" 9>&- && mv "$path.part" "$path"
     ) 9>"$GUEST_CACHE/lock" || die "cannot make ${path##*/}"
 }
