@@ -260,13 +260,17 @@ build_release() {
     agent_stamp >"$OUT/agent.stamp"
 }
 
-build_arm64() {
-    ARCH=-arm64
-    if [[ $(uname -m) != aarch64 ]]; then
+# for_arch NAME: what build_release makes.
+for_arch() {
+    case $1 in
+    "$(uname -m)") ;;
+    aarch64)
+        ARCH=-aarch64
         need gcc-aarch64-linux-gnu linux-libc-dev-arm64-cross
         export CROSS_COMPILE=aarch64-linux-gnu-
-    fi
-    build_release
+        ;;
+    *) die "no architecture $1: x86_64 (on such a machine) or aarch64" ;;
+    esac
 }
 
 # What $file was made from, and itself: nothing else tracks what .incbin reads.
@@ -344,7 +348,7 @@ locked() { (flock -n 9 || { say 'waiting for another build'; flock 9; }; "$@") 9
 usage() {
     cat <<'END'
 ./build.sh                    out/agent, the static release
-./build.sh arm64              out/agent-arm64, the same for arm64
+./build.sh --arch aarch64     out/agent-aarch64, the same for arm64, by a cross compiler
 ./build.sh debug              out/debug/agent and out/debug/unit, with sanitizers
 ./build.sh test [all]         the release and debug builds, then the tests; all: the full matrix
 ./build.sh fuzz NAME [SECONDS]  tests/fuzz_NAME.c under libFuzzer
@@ -358,12 +362,17 @@ END
 }
 
 main() {
-    local word=${1-release}
-    shift $(($# > 0))
     cd "$BUILD_ROOT"
     mkdir -p out
+    if [[ ${1-} == --arch ]]; then
+        for_arch "${2:?NAME is missing}"
+        shift 2
+        [[ $# == 0 ]] || die '--arch is for the release alone'
+    fi
+    local word=${1-release}
+    shift $(($# > 0))
     case $word in
-    release | arm64 | debug | size) locked "build_$word" ;;
+    release | debug | size) locked "build_$word" ;;
     test) guest_early & locked build_release; locked build_debug; exec tests/run.sh "$@" ;;
     fuzz) locked build_fuzz "${1:?NAME is missing}"; run_fuzz "$@" ;;
     bench) locked build_release; exec bench/run.sh "$@" ;;

@@ -28,6 +28,7 @@ usage: ./build.sh image NAME [OPTION]...                 one of: $(image_names)
   --out FILE        instead of out/NAME.FORMAT
   --format FORMAT   squashfs (runtimes), btrfs (instances) or ext4
   --mirror ADDRESS  of Debian or Ubuntu, instead of this machine's
+  --needs NAME      python3 or node: the image must have it; may be repeated
   --base TARBALL    a root file system to start from, instead of a mirror's packages
 END
 }
@@ -217,10 +218,11 @@ image_tree() {
         tar -C "$source" --xattrs --one-file-system -cf - . | tar --xattrs --xattrs-include='*' --numeric-owner -xpf - -C "$to"
     else
         tar --xattrs --xattrs-include='*' --numeric-owner -xpf "$source" -C "$to"
-    fi || die "cannot unpack $source"
-    # An archive may have one folder around it all.
+    fi || die "cannot unpack $source ($(image_free "$to"))"
     [ -d "$to/usr" ] || [ -d "$to/bin" ] || die "$source is no root file system: neither /usr nor /bin in it"
 }
+
+image_free() { df -h --output=avail "$(dirname "$1")" | sed 's/ *//; 1d; s/$/ left on its disk/'; }
 
 # image_of_dockerfile FILE TO: a tarball of the last stage.
 image_of_dockerfile() {
@@ -278,7 +280,7 @@ image_resolve() {
 
 # The agent as /sbin/init; what was there stays beside it.
 image_install_agent() {
-    local root=$1 init=$1/usr/sbin/init machine ours
+    local root=$1 init=$1/usr/sbin/init machine ours name found
     machine=$(image_machine "$root")
     ours=$(od -An -tu2 -j 18 -N 2 "$AGENT" | tr -d ' ')
     [ -z "$machine" ] || [ "$machine" = "$ours" ] ||
@@ -290,7 +292,11 @@ image_install_agent() {
         say "the old /sbin/init is /sbin/init.old" >&2
     fi
     install -m 755 "$AGENT" "$init"
-    say "interpreters: $(image_interpreters "$root" | sed 's/^$/none, for static executables only/')" >&2
+    found=$(image_interpreters "$root")
+    for name in $NEEDS; do
+        [[ " $found " == *" $name "* ]] || die "the tree has no $name: none in PATH that leads to a file"
+    done
+    say "interpreters: ${found:-none, it runs executables only}" >&2
 }
 
 # ---- Packing ---------------------------------------------------------------------------------------
@@ -314,7 +320,7 @@ image_pack() {
     btrfs)
         mkfs.btrfs -q --rootdir "$tree" -U "$uuid" -L "${NAME:0:16}" -b "$((size * 13 / 10 + 256))M" -f "$to"
         ;;
-    esac >&2 || die "cannot pack: is the disk full? $(df -h --output=avail "$(dirname "$to")" | tail -n 1) free"
+    esac >&2 || die "cannot pack as $format ($(image_free "$to"))"
     rm -rf "$tree"
 }
 
@@ -345,7 +351,7 @@ image_pack_ext4() {
 # ---- ./build.sh image ------------------------------------------------------------------------------
 
 image_main() {
-    local NAME='' from='' out='' format='' mirror='' base='' verify='' KIND=runtime SUITE='' VARIANT PACKAGES NODE COMPRESSION='zstd -Xcompression-level 15' recipe=''
+    local NAME='' from='' out='' format='' mirror='' base='' verify='' KIND=runtime SUITE='' VARIANT PACKAGES NODE='' COMPRESSION='zstd -Xcompression-level 15' recipe='' NEEDS=''
     while [ $# -gt 0 ]; do
         case $1 in
         --help | -h) image_usage; return ;;
@@ -354,6 +360,7 @@ image_main() {
             printf -v "${1#--}" %s "$2"
             shift
             ;;
+        --needs) NEEDS+=" ${2:?--needs: a name is missing}"; shift ;;
         -*) image_usage >&2; exit 2 ;;
         *) [ -z "$NAME" ] || { image_usage >&2; exit 2; }; NAME=$1 ;;
         esac
@@ -367,6 +374,8 @@ image_main() {
     if [ -z "$from" ]; then
         [ -f "runtimes/$NAME" ] && grep -q '^KIND=' "runtimes/$NAME" || die "no recipe $NAME; there are: $(image_names)"
         . "runtimes/$NAME"
+        [[ $PACKAGES != *python3* ]] || [ "$KIND" = instance ] || NEEDS+=' python3'
+        [[ $PACKAGES$NODE != *node* && ! $NODE ]] || NEEDS+=' node'
     fi
     [ -n "$NAME" ] || { NAME=$(basename "$(realpath "$from")"); NAME=${NAME%%.tar*}; }
     [ -n "$format" ] || { [ "$KIND" = instance ] && format=btrfs || format=squashfs; }
@@ -382,7 +391,7 @@ image_main() {
     image_source
     [ -z "$SUITE" ] || [ -n "$base" ] || recipe=$GUEST_ROOT/runtimes/$NAME
     rm -rf "$out.part" "$out.part.tree"
-    export GUEST_ROOT IMAGE_EPOCH NAME AGENT IMAGE_SPARE_MB COMPRESSION
+    export GUEST_ROOT IMAGE_EPOCH NAME AGENT IMAGE_SPARE_MB COMPRESSION NEEDS
     trap "as_root rm -rf ${out@Q}.part ${out@Q}.part.tree" EXIT
     as_root bash "$GUEST_FUNCTIONS" pack "$SOURCE" "$out.part" "$format" "$KIND" "$recipe"
     mv "$out.part" "$out"

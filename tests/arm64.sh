@@ -5,10 +5,10 @@
 . "$(dirname "$0")/lib.sh"
 
 need qemu-user-static qemu-system-arm gcc-aarch64-linux-gnu libc6-dev-arm64-cross
-"$GUEST_ROOT/build.sh" arm64 >&2
-ARM64=$T/agent-arm64
-cp "$GUEST_ROOT/out/agent-arm64" "$ARM64"
-check_release 'shortcoming 14: out/agent-arm64' "$ARM64" AArch64 704
+"$GUEST_ROOT/build.sh" --arch aarch64 >&2
+ARM64=$T/agent-aarch64
+cp "$GUEST_ROOT/out/agent-aarch64" "$ARM64"
+check_release 'shortcoming 14: out/agent-aarch64' "$ARM64" AArch64 704
 
 # serves NAME REGEX REQUEST…: request and http take the same arguments.
 serves() {
@@ -18,11 +18,11 @@ serves() {
 
 # ---- as a process: qemu-user ---------------------------------------------------------------
 
-check_match 'shortcoming 14: out/agent-arm64 --help' '^agent [0-9.]+ - ' "$(qemu-aarch64-static "$ARM64" --help)"
+check_match 'shortcoming 14: out/agent-aarch64 --help' '^agent [0-9.]+ - ' "$(qemu-aarch64-static "$ARM64" --help)"
 
 # A script in the agent's place: only the agent is emulated, what it starts is not.
-NS_PREPARE="cp $ARM64 agent-arm64"'
-    printf "%s\n" "#!/bin/sh" "exec /usr/bin/qemu-aarch64-static /agent-arm64 \"\$@\"" >"$folder/agent"'
+NS_PREPARE="cp $ARM64 agent-aarch64"'
+    printf "%s\n" "#!/bin/sh" "exec /usr/bin/qemu-aarch64-static /agent-aarch64 \"\$@\"" >"$folder/agent"'
 ns_start
 check 'shortcoming 14: init for arm64, emulated, says ready' grep -q qemu-aarch64-static "/proc/$PID1/cmdline"
 check 'arm64 process: Python is configured' configure "$APPS/echo" main:app
