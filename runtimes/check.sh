@@ -90,7 +90,7 @@ configured() {
 }
 
 # has PATH: in the guest, as its executable sees it.
-has() { call request -i "/file$1" 2>/dev/null | head -n 1 | grep -qa 200; }
+has() { call request -i "/file$1" >"$CHECK/has" 2>&1 && grep -aqm 1 '200' <(head -n 1 "$CHECK/has"); }
 
 make_programs() {
     mkdir "$CHECK/executable" "$CHECK/wrong" "$CHECK/squash"

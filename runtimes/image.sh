@@ -49,6 +49,7 @@ as_root() {
 # image_tar TO RECIPE MIRROR: everything but the agent.
 image_tar() {
     local to=$1 recipe=$2 mirror=$3 KIND SUITE VARIANT=minbase PACKAGES NODE='' keyring sources hook=customize
+    local merged=(--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr)
     . "$recipe"
     sources=$1.sources
     rm -rf "$to".*
@@ -58,23 +59,25 @@ image_tar() {
     *) keyring=ubuntu ;;
     esac
     [ "$VARIANT" != extract ] || hook=extract           # it ends there
+    # There the package that says "it is merged" is not yet known.
+    [ "$SUITE" != bullseye ] || merged=(--setup-hook=/usr/share/mmdebstrap/hooks/merged-usr/setup00.sh)
     image_sources "$keyring" "$SUITE" "$mirror" >"$sources"
     say "installing $SUITE: $PACKAGES"
-    SOURCE_DATE_EPOCH=$IMAGE_EPOCH IMAGE_EPOCH=$IMAGE_EPOCH mmdebstrap --variant="$VARIANT" --format=tar --verbose \
+    SOURCE_DATE_EPOCH=$IMAGE_EPOCH IMAGE_EPOCH=$IMAGE_EPOCH mmdebstrap --variant="$VARIANT" --format=tar \
         --include="$(tr -s ' \n' ',,' <<<"$PACKAGES" | sed 's/^,//; s/,$//')" \
-        --hook-dir=/usr/share/mmdebstrap/hooks/merged-usr \
+        "${merged[@]}" \
         --aptopt='Acquire::Languages "none"' --aptopt='Acquire::Retries "3"' --dpkgopt=force-unsafe-io \
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/info/*' \
         --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
         --dpkgopt='path-include=/usr/share/doc/*/copyright' \
         --$hook-hook="bash '$GUEST_FUNCTIONS' finish '$recipe' '$to.node' \"\$1\"" \
-        "$SUITE" "$to" - <"$sources" 2>&1 | image_progress ||
-        die "mmdebstrap cannot make this $SUITE, for the reason above"
+        "$SUITE" "$to" - <"$sources" 2>&1 | tee "$to.log" | image_progress ||
+        { tail -n 15 "$to.log" >&2; die "mmdebstrap cannot make this $SUITE, for the reason above"; }
     rm -rf "$to".*
 }
 
-# Of what mmdebstrap and apt say, what tells how far they are, and every error.
-image_progress() { grep --line-buffered -E '^(I: |E: |W: |Err|E:)|dpkg: error|No space|cannot|not found|Unable' | sed -u 's/^/   /' >&2 || true; }
+# Of what mmdebstrap says, how far it is.
+image_progress() { sed -un 's/^I: \(running apt\|downloading\|extracting\|installing\|creating\|running --[ce][ux]\)/   \1/p' | cut -c 1-76 >&2; }
 
 # The suite and, where the mirror has them, its security updates.
 image_sources() {

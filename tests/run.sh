@@ -26,6 +26,7 @@ is_for_matrix() { head_says "$1" 'Full matrix'; }
 seconds_for() {
     case $1 in
     build | fuzz | halt | hosts | node | volumes) echo 900 ;;
+    check | runtimes) echo 3600 ;;
     *) echo 700 ;;
     esac
 }

@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# The official images, each from its recipe: a runtime passes check, an instance boots to a login over
+# the network. Full matrix: some minutes for each.
+TEST_SECONDS=${TEST_SECONDS:-3600}
+. "$(dirname "$0")/lib.sh"
+. "$GUEST_ROOT/runtimes/image.sh"
+
+need squashfs-tools btrfs-progs openssh-client dosfstools mtools >&2
+
+image() { "$GUEST_ROOT/build.sh" image "$@"; }
+sha() { sha256sum <"$1"; }
+
+# runtime NAME ROW…: it is built, and passes these rows of check and fails none.
+runtime() {
+    local name=$1 row
+    shift
+    check "$name: is built" image "$name" --out "$T/$name"
+    "$GUEST_ROOT/runtimes/check.sh" "$T/$name" >"$T/table" 2>&1 || fail "$name: check" "$(cat "$T/table")"
+    for row; do
+        check_match "$name: $row" "^$row +ok " "$(cat "$T/table")"
+    done
+}
+
+ALWAYS='ready configuration executable volumes halt'
+runtime debian-11-python-node $ALWAYS asgi event wsgi node
+runtime debian-12-python $ALWAYS asgi event wsgi node
+runtime debian-13-python $ALWAYS asgi event wsgi node
+runtime node-lts $ALWAYS node
+runtime python-min $ALWAYS asgi event wsgi
+runtime node-min $ALWAYS node
+check_at_most 'python-min: bytes' $((16 << 20)) "$(stat -c %s "$T/python-min")"
+check_at_most 'node-min: bytes' $((32 << 20)) "$(stat -c %s "$T/node-min")"
+
+# ---- twice -----------------------------------------------------------------------------------------
+
+mkdir "$T/cache"
+check 'debian-12-python: once more, from nothing' \
+    env IMAGE_CACHE="$T/cache" "$GUEST_ROOT/build.sh" image debian-12-python --out "$T/again"
+check_eq 'debian-12-python: the same bytes' "$(sha "$T/debian-12-python")" "$(sha "$T/again")"
+for name in first second; do
+    check "debian-12-python: as ext4, $name" image debian-12-python --format ext4 --out "$T/$name.ext4"
+done
+check 'debian-12-python: the same bytes as ext4' cmp "$T/first.ext4" "$T/second.ext4"
+rm -rf "$T/cache" "$T"/*.ext4 "$T/again"
+
+# ---- instances ---------------------------------------------------------------------------------------
+
+# The disk that cloud-init reads: a user's key, a name, DHCP.
+seed() {
+    [ -e "$T/key" ] || ssh-keygen -q -t ed25519 -N '' -f "$T/key"
+    printf '%s\n' '#cloud-config' 'users:' '  - name: tester' '    shell: /bin/bash' \
+        "    ssh_authorized_keys: ['$(cat "$T/key.pub")']" >"$T/user-data"
+    printf '%s\n' 'instance-id: one' 'local-hostname: instance-under-test' >"$T/meta-data"
+    printf '%s\n' 'version: 2' 'ethernets: {nic: {match: {name: "e*"}, dhcp4: true}}' >"$T/network-config"
+    truncate -s 1M "$T/seed"
+    mkfs.vfat -n CIDATA "$T/seed" >/dev/null
+    mcopy -i "$T/seed" "$T"/{user-data,meta-data,network-config} ::
+}
+
+login() {
+    ssh -q -i "$T/key" -p "$PORT" -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o ConnectTimeout=5 \
+        -o BatchMode=yes tester@127.0.0.1 "$@"
+}
+
+# Whatever it does within so many seconds on an emulated processor.
+INSTANCE_S=420
+
+# instance NAME [OPTION of image…]
+instance() {
+    local name=$1 said
+    check "$name: is built" image "$@" --out "$T/$name" || return 0
+    check "$name: is a clean btrfs" btrfs check -q "$T/$name"
+    new_folder
+    PORT=$((20000 + RANDOM % 10000))
+    truncate -s 4G "$T/$name"
+    guest_qemu tcg -append "${GUEST_ARGS/panic=1/panic=1 systemd.show_status=false}" \
+        -drive "file=$T/$name,format=raw,if=none,id=root" -device virtio-blk-pci,drive=root \
+        -drive "file=$T/seed,format=raw,if=none,id=seed,readonly=on" -device virtio-blk-pci,drive=seed \
+        -netdev "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:$PORT-:22" -device virtio-net-pci,netdev=net,romfile=
+    wait_for "$INSTANCE_S" login true || true
+    said=$(login 'hostname; cat /proc/1/comm; ip -4 -o addr show scope global | wc -l' | tr '\n' ' ')
+    check_eq "$name: a login over the network, by the key of cloud-init" 'instance-under-test systemd 1 ' "$said"
+    check_match "$name: is what it says" "$(sed 's/-/.*/' <<<"${name%%+*}")" "$(login 'cat /etc/os-release' | tr 'A-Z' 'a-z')"
+    [ "$said" ] || tail -n 30 "$CONSOLE" >&2
+    guest_stop
+    rm -f "$T/$name"
+}
+
+MODULES_REST+=' btrfs vfat nls_ascii nls_cp437'
+guest_need
+seed
+instance debian-12
+instance debian-11
+instance debian-13
