@@ -8,7 +8,7 @@ IMAGE=$(realpath "${1:?usage: ./build.sh check IMAGE}")
 . runtimes/guest.sh
 
 [ -f "$IMAGE" ] || die "$IMAGE is no file"
-MODULES_REST+=' ext4 btrfs'         # of the root, or of a volume, before init runs
+MODULES_MORE='ext4 crc32c_generic btrfs'       # of the root, or of a volume, before init runs
 GUEST_IMAGE=$IMAGE
 READY_S=${CHECK_READY_S:-90}
 STARTED=''

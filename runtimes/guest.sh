@@ -18,11 +18,12 @@ VSOCK_DEB=pool/main/r/rust-vhost-device-vsock/vhost-device-vsock_0.3.0-2_amd64.d
 VSOCK_SHA256=fd36382419cc174f00d9b1691486b581e13e8c1168dc339b86b2a65180a29ce7
 
 # Debian builds the drivers of its cloud kernel as modules. The initramfs loads the first list
-# always, the second unless the kernel command line says guest.modules=root; the root image
-# holds both and the third. A name may be built in.
+# always, the second and MODULES_MORE, which a caller sets, unless the kernel command line says
+# guest.modules=root; the root image holds both lists and the third. A name may be built in.
 MODULES_DISK='virtio_pci virtio_blk'
 MODULES_REST='vmw_vsock_virtio_transport overlay squashfs virtio_net'
-MODULES_EXTRA='vsock_loopback virtio_mmio ext4 btrfs xfs button evdev'
+MODULES_EXTRA='vsock_loopback virtio_mmio ext4 crc32c_generic btrfs xfs vfat nls_ascii nls_cp437 button evdev'
+MODULES_MORE=${MODULES_MORE:-}
 
 GUEST_MEMORY=${GUEST_MEMORY:-1024M}
 GUEST_CPUS=${GUEST_CPUS:-1}
@@ -51,7 +52,7 @@ guest_once() {
         flock 9
         [ ! -e "$path" ] || exit 0
         rm -rf "$path.part"
-        export GUEST_CACHE AGENT
+        export GUEST_CACHE AGENT MODULES_MORE
         bash -c 'set -eu; . "$1"; shift; "$@"' - "$GUEST_FUNCTIONS" \
             "$function" "$path.part" "$@" 9>&- && mv "$path.part" "$path"
     ) 9>"$GUEST_CACHE/lock" || die "cannot make ${path##*/}"
@@ -197,7 +198,7 @@ guest_initramfs_init() {
 #!/bin/busybox sh
 bb=/bin/busybox
 disk='$MODULES_DISK'
-rest='$MODULES_REST'
+rest='$MODULES_REST $MODULES_MORE'
 INIT
     cat <<'INIT'
 $bb mount -t proc proc /proc
@@ -220,7 +221,7 @@ guest_make_initramfs() {
     rm -rf "$tree"
     mkdir -p "$tree"/{bin,dev,proc,root}
     cp "$(command -v busybox)" "$tree/bin/busybox"
-    guest_pick_modules "$kernel" "$tree" $MODULES_DISK $MODULES_REST
+    guest_pick_modules "$kernel" "$tree" $MODULES_DISK $MODULES_REST $MODULES_MORE
     guest_initramfs_init >"$tree/init"
     chmod 755 "$tree/init"
     (cd "$tree" && find . | cpio -o -H newc --quiet -R 0:0) >"$to"

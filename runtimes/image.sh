@@ -141,7 +141,10 @@ image_install_node() {
     fi
 }
 
-image_locale() { chroot "$1" localedef -i en_US -f UTF-8 en_US.UTF-8; }
+image_locale() {
+    echo 'en_US.UTF-8 UTF-8' >"$1/etc/locale.gen"
+    chroot "$1" locale-gen >/dev/null
+}
 
 # Keys, users and the network come by cloud-init from a disk with the label `cidata`, or there are none.
 image_instance() {
