@@ -661,9 +661,6 @@ struct loop {
     struct watch  *unplaced;        /* the heap found no memory for their deadlines: looked at every turn */
     struct watch  *soon_first, **soon_last;
     struct watch  *buried;
-    size_t         awaited;         /* requests under way */
-    int64_t        spin_us;         /* to look out for events, rather than sleep */
-    bool           prompt[2];       /* the last wait for a request, for an answer, took less */
 };
 
 #define HEAP_FULL       SIZE_MAX
@@ -860,28 +857,10 @@ static void loop_place(struct loop *l, int64_t now)
     }
 }
 
-/* To sleep and be woken takes a machine, a virtual one above all, longer than a client that has its
- * answer takes to ask again. While few ask in turn, and requests and answers come at once, they are
- * looked out for instead. */
-static int loop_wait(struct loop *l, struct epoll_event *events, int most)
-{
-    int timeout = loop_timeout(l), n = 0;
-
-    if (timeout == 0 || l->spin_us == 0 || l->awaited > SPIN_REQUESTS)
-        return epoll_wait(l->epoll_fd, events, most, timeout);
-    int64_t start = kernel_us();
-    while (l->prompt[0] && l->prompt[1] && n == 0 && kernel_us() - start < l->spin_us)
-        n = epoll_wait(l->epoll_fd, events, most, 0);
-    if (n == 0)
-        n = epoll_wait(l->epoll_fd, events, most, timeout);
-    l->prompt[l->awaited > 0] = kernel_us() - start < l->spin_us;
-    return n;
-}
-
 static void loop_turn(struct loop *l)
 {
     struct epoll_event events[64];
-    int n = loop_wait(l, events, COUNT(events));
+    int n = epoll_wait(l->epoll_fd, events, COUNT(events), loop_timeout(l));
 
     l->turn++;
     for (int i = 0; i < n; i++) {
@@ -6222,8 +6201,6 @@ static void exchange_unload(struct exchange *ex)
 /* The backend has gone or is done with this exchange. */
 static void exchange_leave(struct exchange *ex)
 {
-    if (ex->backend)
-        ex->loop->awaited--;
     exchange_unload(ex);
     loop_never(ex->loop, &ex->timer);
     ex->backend = NULL;
@@ -6400,7 +6377,6 @@ static void exchange_start(struct exchange *ex, struct loop *loop, const struct 
 {
     ex->loop = loop;
     ex->backend = backend;
-    loop->awaited++;
     ex->head_seen = false;
     ex->load = NULL;
     ex->may_upgrade = ex->request.upgrade.n > 0;
@@ -14687,7 +14663,6 @@ static void agent_before_launch(struct program *p)
 static void agent_init(struct agent *a)
 {
     loop_init(&a->loop);
-    a->loop.spin_us = cpu_count() > 1 ? limits.spin_us : 0;
     program_init(&a->program, &a->loop, &a->children);
     a->conns.loop = a->aleph.loop = a->setup.loop = &a->loop;
     a->aleph.conns = &a->conns;

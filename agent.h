@@ -150,7 +150,6 @@ enum frame_type {
     X(command_gap_ms,     50,         1,       10000,   "silence that ends a !command's text") \
     X(grace_ms,           3000,       0,       60000,   "from SIGTERM to SIGKILL") \
     X(halt_ms,            4000,       100,     60000,   "halt in all; the host gives 5 s") \
-    X(spin_us,            200,        0,       10000,   "looking out for what few clients ask at once after an answer, and for that, instead of sleeping; not on a single CPU") \
     X(linger_ms,          1000,       0,       60000,   "reading on after an early error, so that it arrives") \
     X(device_ms,          1000,       0,       60000,   "a volume's device to appear") \
     X(data_ms,            10000,      10,      3600000, "looking through /data and packing it for a reply") \
@@ -162,7 +161,6 @@ enum frame_type {
     X(backoff_max_ms,     10000,      1,       600000,  "longest wait before a restart")
 
 /* Not to be set: sizes of our own buffers and what the wire fixes. */
-#define SPIN_REQUESTS       8               /* under way; more of them keep the loop busy as it is */
 #define TLS_FILE_MAX        (1 << 20)       /* a file of certificates or a key */
 #define TLS_CA_LIST_MAX     4096            /* names of authorities that clients are told of */
 #define TLS_SUBJECT_MAX     1024            /* a client's subject in a field */

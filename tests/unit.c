@@ -139,12 +139,9 @@ static int unit_clock(clockid_t id, struct timespec *ts)
 }
 
 /* The tests move the clock themselves: a turn of the loop never sleeps. */
-static unsigned epoll_waits;
-
 static int unit_epoll_wait(int fd, struct epoll_event *events, int most, int timeout_ms)
 {
     (void)timeout_ms;
-    epoll_waits++;
     return epoll_wait(fd, events, most, 0);
 }
 
@@ -990,41 +987,6 @@ static void test_loop_timeout(void)
     loop_turn(&l);
     check(p.events == 1 && p.deadlines == 0, "the work is done, the deadline is gone");
     loop_never(&l, &p.watch);
-    loop_fini(&l);
-}
-
-/* How often a turn looks for events. */
-static unsigned loop_looks(struct loop *l, size_t awaited, bool prompt)
-{
-    l->awaited = awaited;
-    l->prompt[0] = l->prompt[1] = prompt;
-    epoll_waits = 0;
-    loop_turn(l);
-    return epoll_waits;
-}
-
-static void test_loop_spin(void)
-{
-    struct loop l;
-    struct probe p;
-    int ends[2];
-
-    loop_init(&l);
-    check(loop_looks(&l, 0, true) == 1, "it sleeps where it was not told to look out");
-    l.spin_us = 20000;
-    check(loop_looks(&l, 0, false) == 1, "it sleeps while events take their time");
-    check(loop_looks(&l, SPIN_REQUESTS + 1, true) == 1, "it sleeps while many requests are under way");
-    check(loop_looks(&l, 1, true) > 10 && l.prompt[0] && !l.prompt[1], "it looks out for an answer, for so long");
-    check(loop_looks(&l, 0, true) > 10 && !l.prompt[0] && l.prompt[1], "it looks out for a request, for so long");
-    check(pipe(ends) == 0 && write(ends[1], "", 1) == 1, "a pipe");
-    probe_init(&p, &l, ends[0]);
-    loop_want(&l, &p.watch, EPOLLIN);
-    check(loop_looks(&l, 0, true) == 1 && p.events == 1 && l.prompt[0], "an event ends that, and it goes on so");
-    loop_soon(&l, &p.watch);
-    loop_want(&l, &p.watch, 0);
-    check(loop_looks(&l, 0, true) == 1, "work that is queued does not wait");
-    close(ends[0]);
-    close(ends[1]);
     loop_fini(&l);
 }
 
@@ -2436,7 +2398,7 @@ static void test_node_find(void)
 static const struct { const char *name; void (*run)(void); } tests[] = {
     TEST(buf), TEST(span), TEST(log), TEST(log_slow_console), TEST(utf8), TEST(percent), TEST(base32), TEST(number),
     TEST(limits), TEST(mp_heads), TEST(mp_scan), TEST(mp_write), TEST(mp_read), TEST(conf), TEST(conf_json), TEST(conf_network),
-    TEST(conf_volumes), TEST(volumes), TEST(conf_copy), TEST(loop_deadlines), TEST(loop_timeout), TEST(loop_spin), TEST(loop_soon), TEST(loop_bury), TEST(modules), TEST(root_options), TEST(root_discard), TEST(hosts),
+    TEST(conf_volumes), TEST(volumes), TEST(conf_copy), TEST(loop_deadlines), TEST(loop_timeout), TEST(loop_soon), TEST(loop_bury), TEST(modules), TEST(root_options), TEST(root_discard), TEST(hosts),
     TEST(zip), TEST(describe), TEST(output_lines), TEST(output_flood), TEST(address), TEST(trust), TEST(interest), TEST(http_heads),
     TEST(http_request), TEST(http_phrases), TEST(response_head), TEST(field_next), TEST(program_started), TEST(program_choose), TEST(reload_change), TEST(aleph_request), TEST(aleph_text),
     TEST(aleph_deadlines), TEST(forward), TEST(read_faults), TEST(conn_faults), TEST(output_faults),
