@@ -352,6 +352,7 @@ def run_latency(rounds, seconds):
 # ---- Guests ---------------------------------------------------------------------------------
 
 Boot = collections.namedtuple("Boot", "init_ms all_ms")
+RuntimeBoot = collections.namedtuple("RuntimeBoot", "ready_ms ready_from_power_ms hello_ms")
 ECHO_PORT, ECHO = 7000, b"x" * 100
 GUEST_REQUESTS = 200
 HASH = "cafe" * 16                      # of the program: it names the guest
@@ -363,14 +364,14 @@ HTTP = b"GET / HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n"
 class Guest:
     """One that runs the file `init` as its init. As a server it has pids: its emulator's."""
 
-    def __init__(self, init):
+    def __init__(self, init, *image):
         self.tmp = tempfile.TemporaryDirectory(prefix="bench.")
         self.vsock = os.path.join(self.tmp.name, "v.sock")
         self.log = open(os.path.join(self.tmp.name, "log"), "w+")
         self.host = socket.socket(socket.AF_UNIX)
         self.host.bind(self.vsock + "_52")
         self.host.listen()
-        self.process = subprocess.Popen(["bash", os.path.join(ROOT, "bench", "guest.sh"), init, self.tmp.name],
+        self.process = subprocess.Popen(["bash", os.path.join(ROOT, "bench", "guest.sh"), init, self.tmp.name, *image],
                                         stdin=subprocess.PIPE, stdout=self.log, stderr=self.log)
 
     def pids(self):
@@ -422,6 +423,40 @@ def boot_once(init):
         return guest.await_ready()
     finally:
         guest.stop()
+
+
+def runtime_once(image, init=""):
+    """Of a runtime's image as it is, up to a program's first answer too; or with another init, up to
+    its ready message."""
+    guest = Guest(init, image)
+    try:
+        up, on = guest.await_ready()
+        hello = float("nan")
+        if not init:
+            start = time.monotonic()
+            entry = "asgi:app" if "python" in os.path.basename(image) else "server.cjs"
+            guest.call("configure", PROGRAMS, entry)
+            guest.call("request", "/")
+            hello = on + 1e3 * (time.monotonic() - start)
+        return RuntimeBoot(up, on, hello)
+    finally:
+        guest.stop()
+
+
+def run_runtimes(rounds):
+    """{runtime: RuntimeBoots} of the images in out/, each beside itself with an init that says ready."""
+    inits = {"agent": "", "an init that says ready": os.path.join(OUT, "vsock")}
+    images = sorted(glob.glob(os.path.join(ROOT, "out", "*.squashfs")))
+    if not images:
+        raise SystemExit("boot: no out/*.squashfs: ./build.sh image NAME makes one")
+    print("== boot", file=sys.stderr)
+    boots = {}
+    for _ in range(rounds):
+        for image in images:
+            for name, init in inits.items():
+                subject = "%s: %s" % (os.path.splitext(os.path.basename(image))[0], name)
+                boots.setdefault(subject, []).append(runtime_once(image, init))
+    return boots
 
 
 def guest_sample(guest, load, ask, expected):
@@ -480,7 +515,7 @@ def run_guest(rounds, seconds):
     for _ in range(rounds):
         for name, init in inits.items():
             boots[name].append(boot_once(init))
-    yield "boot", "boot of a guest to its ready message", boots
+    yield "ready", "boot of a guest to its ready message", boots
     tables = guest_requests(AGENT, rounds, seconds)
     if TWO_SCRIPT_INIT:
         for table, more in zip(tables, guest_requests(inits["two-script init"], rounds, seconds)):
@@ -495,6 +530,8 @@ FORMATS = {
     Sample: (["requests/s", "p50 ms", "p99 ms", "CPU µs/request", "memory MiB", "errors"],
              ["%.0f", "%.2f", "%.2f", "%.1f", "%.1f", "%d"]),
     Boot: (["ms from a kernel with its modules", "ms from power on"], ["%.0f", "%.0f"]),
+    RuntimeBoot: (["ready, ms from a kernel with its modules", "ready, ms from power on", "first hello, ms from power on"],
+                  ["%.0f", "%.0f", "%.0f"]),
 }
 
 
@@ -570,12 +607,14 @@ def rows(chosen, rounds, seconds):
             yield name, title, run_row(title, subjects, measure, rounds, seconds)
     if "latency" in chosen:
         yield ("latency", *run_latency(rounds, seconds))
+    if "boot" in chosen:
+        yield "boot", "boots of the runtimes in out/", run_runtimes(rounds)
     if "guest" in chosen:
         yield from run_guest(rounds, seconds)
 
 
 def main():
-    known = [row[0] for row in ROWS] + ["latency", "guest"]
+    known = [row[0] for row in ROWS] + ["latency", "guest", "boot"]
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="runs of 1 s instead of 3")
     parser.add_argument("--rounds", type=int, default=5)
@@ -588,7 +627,7 @@ def main():
     with open(UPLOAD, "w") as f:
         f.write(UPLOAD_LUA)
     results = {}
-    for name, title, subjects in rows(args.rows or known, args.rounds, args.seconds):
+    for name, title, subjects in rows(args.rows or known[:-1], args.rounds, args.seconds):
         tell(subjects)
         results[name] = title, subjects
         # After every row: one that fails does not take the others with it.

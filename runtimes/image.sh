@@ -177,12 +177,16 @@ image_distroless() {
 # Byte code for python3 -OO, which the agent then runs; no source is looked at again for its time.
 # By the runtime's own Python, whose magic number it is.
 image_bytecode() {
-    local root=$1 python
+    local root=$1 python folders
     python=$(find "$root"/usr/bin -name 'python3.[0-9]*' -printf '%f\n' | sort | head -n 1)
     [ -n "$python" ] || return 0
     find "$root/usr/lib" -name __pycache__ -prune -exec rm -rf {} +
+    folders=("$root"/usr/lib/python3*)
+    # Some sources are wrong on purpose, or for another version.
     PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=1 chroot "$root" "/usr/bin/$python" -m compileall -qq -o 2 \
-        --invalidation-mode unchecked-hash /usr/lib/python3* /opt/aleph/libs || true   # lib2to3 has bad sources for its tests
+        --invalidation-mode unchecked-hash "${folders[@]#"$root"}" || true
+    [ -e "$root/usr/lib/$python/asyncio/__pycache__/__init__.${python/python3./cpython-3}.opt-2.pyc" ] ||
+        die "$python did not compile its standard library"
     ln -sf "$python" "$root/usr/bin/python3"
 }
 
