@@ -222,12 +222,14 @@ image_public_sources() {
 
 # image_tree SOURCE TO: a folder, a tarball or what a Dockerfile makes, as a folder.
 image_tree() {
-    local source=$1 to=$2
+    local source=$1 to=$2 nodes=()
     mkdir -p "$to"
+    # In a container, or a namespace of a user's: the kernel's devtmpfs has them all.
+    if mknod "$to/node" c 1 3 2>/dev/null; then rm "$to/node"; else nodes=(--exclude='./dev/*'); fi
     if [ -d "$source" ]; then
-        tar -C "$source" --xattrs --one-file-system -cf - . | tar --xattrs --xattrs-include='*' --numeric-owner -xpf - -C "$to"
+        tar -C "$source" --xattrs --one-file-system "${nodes[@]}" -cf - . | tar --xattrs --xattrs-include='*' --numeric-owner -xpf - -C "$to"
     else
-        tar --xattrs --xattrs-include='*' --numeric-owner -xpf "$source" -C "$to"
+        tar --xattrs --xattrs-include='*' --numeric-owner "${nodes[@]}" -xpf "$source" -C "$to"
     fi || die "cannot unpack $source ($(image_free "$to"))"
     [ -d "$to/usr" ] || [ -d "$to/bin" ] || die "$source is no root file system: neither /usr nor /bin in it"
 }
