@@ -18,6 +18,7 @@ GUEST_FUNCTIONS=$GUEST_ROOT/runtimes/image.sh
 
 IMAGE_EPOCH=${SOURCE_DATE_EPOCH:-1767225600}            # 2026-01-01
 IMAGE_CACHE=${IMAGE_CACHE:-$GUEST_ROOT/out/images}
+UBUNTU_KEYS=/usr/share/keyrings/ubuntu-archive-keyring.gpg
 IMAGE_SPARE_MB=64                                       # free in an ext4 or btrfs that a runtime boots from
 
 image_usage() {
@@ -84,7 +85,6 @@ image_sources() {
     local vendor=$1 suite=$2 mirror=${3%/} keyring=/usr/share/keyrings/$1-archive-keyring.gpg
     local components=main security=$mirror-security updates=$suite-security
     [ "$vendor" != ubuntu ] || { components='main universe' security=$mirror; }
-    [ -e "$keyring" ] || die "the keys of $vendor are missing: package $vendor-archive-keyring or ubuntu-keyring"
     echo "deb [signed-by=$keyring] $mirror $suite $components"
     if curl -fsIL --connect-timeout 10 -o /dev/null "$security/dists/$updates/InRelease"; then
         echo "deb [signed-by=$keyring] $security $updates $components"
@@ -318,7 +318,12 @@ image_pack() {
     local source=$1 to=$2 format=$3 kind=$4 recipe=$5 tree=$2.tree uuid size
     rm -rf "$tree"
     image_tree "$source" "$tree"
-    [ -z "$recipe" ] || image_clean "$tree" "$recipe"
+    if [ -n "$recipe" ]; then
+        image_clean "$tree" "$recipe"
+    elif [ "$kind" = instance ]; then
+        [ -L "$tree/sbin/init" ] || [ -e "$tree/sbin/init" ] || die "$source has no /sbin/init: an instance boots its own"
+        image_instance "$tree"
+    fi
     [ "$kind" != runtime ] || image_install_agent "$tree"
     find "$tree" -newermt "@$IMAGE_EPOCH" -exec touch -hcd "@$IMAGE_EPOCH" {} +
     uuid=$(image_manifest "$tree" | sha256sum)
@@ -423,13 +428,14 @@ image_source() {
         return
     fi
     need mmdebstrap debian-archive-keyring curl ca-certificates
-    case $SUITE in bullseye | bookworm | trixie) ;; *) need ubuntu-keyring ;; esac
     if [ -z "$mirror" ]; then
         case $SUITE in
         bullseye | bookworm | trixie) mirror=$(guest_mirror) ;;
         *) mirror=http://archive.ubuntu.com/ubuntu ;;
         esac
     fi
+    [[ " bullseye bookworm trixie " == *" $SUITE "* ]] || [ -e "$UBUNTU_KEYS" ] ||
+        die "$UBUNTU_KEYS is not there, without which Ubuntu's packages cannot be trusted: package ubuntu-keyring of Ubuntu has it; --base TARBALL starts from a root file system"
     curl -fsIL --connect-timeout 20 -o /dev/null "$mirror/dists/$SUITE/InRelease" ||
         die "$mirror does not have $SUITE, or there is no network: --mirror ADDRESS names another, --base TARBALL starts from a root file system"
     SOURCE=$IMAGE_CACHE/$NAME-$(declare -f image_tar image_finish image_install_node image_distroless image_bytecode image_clean |
