@@ -119,7 +119,7 @@ executable_boot() {
         row volumes FAIL 'not configured'
         return
     fi
-    expect executable 'a static program answers' executable call request / || return 0
+    expect executable 'a static program answers' 'static C: GET / HTTP/1.1' call request / || return 0
     expect volumes 'squashfs is read' 'on a squashfs' call request /file/mnt/ro/known || true
     expect volumes 'ext4 is written' written call request -d 'kept' /file/mnt/rw/kept || true
     has /usr/bin/python3 || has /usr/local/bin/python3 || PYTHON3=''

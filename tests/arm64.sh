@@ -64,7 +64,7 @@ GUEST_EMULATOR=qemu-system-aarch64 GUEST_MACHINE=virt GUEST_EMULATED=max GUEST_M
 GUEST_ARGS=${GUEST_ARGS/ttyS0/ttyAMA0}
 mke2fs -q -t ext4 "$T/volume" 8M >/dev/null
 mkdir "$T/program"
-aarch64-linux-gnu-gcc -O2 -static -o "$T/program/server" "$APPS/static/server.c"
+aarch64-linux-gnu-gcc -O2 -static -o "$T/program/server" "$GUEST_ROOT/runtimes/conformance/server.c"
 boot -- $GUEST_NIC -drive "file=$T/volume,format=raw,if=none,id=volume" -device virtio-blk-pci,drive=volume
 check_match 'shortcoming 14: an arm64 guest says ready' '2\.0\.0' "$(cat "$GUEST/ready")"
 check 'arm64 guest: a program, a volume and an address are configured' configure "$T/program" server \

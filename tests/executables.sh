@@ -72,7 +72,7 @@ from_disk() {
 # ---- One file ------------------------------------------------------------------------------
 
 static_c() {
-    gcc -O2 -static -o "$T/static" "$APPS/static/server.c"
+    gcc -O2 -static -o "$T/static" "$GUEST_ROOT/runtimes/conformance/server.c"
     boot
     check 'static binary of C as plain code: configured' executable "$T/static" server
     both 'static binary of C' 'static C: GET /x?y HTTP/1.1' '/x?y'

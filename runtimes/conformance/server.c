@@ -1,5 +1,5 @@
 /* What a static executable can show of the machine that it runs in: GET /file/PATH answers with
- * that file or 404, POST /file/PATH writes the body there, everything else says who answers. */
+ * that file or 404, POST /file/PATH writes the body there, everything else gets its first line back. */
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -53,7 +53,7 @@ static char *field(char *head, const char *name)
 
 static void serve(int fd)
 {
-    static char head[MOST];
+    static char head[MOST], text[MOST + 16];
     size_t n = 0, length = 0;
     char *end = NULL, *path, *value;
 
@@ -70,11 +70,12 @@ static void serve(int fd)
             end += 4;
         }
     }
+    int len = snprintf(text, sizeof text, "static C: %.*s\n", (int)strcspn(head, "\r"), head);
     if (!(path = strchr(head, ' ')) || !(value = strpbrk(path + 1, " ?")))
         return;
     *value = '\0';
     if (strncmp(path, " /file/", 7) != 0)
-        answer(fd, "200 OK", "executable", 10);
+        answer(fd, "200 OK", text, (size_t)len);
     else if (strncmp(head, "POST", 4) == 0)
         write_file(fd, path + 6, end, length);
     else
