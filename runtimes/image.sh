@@ -239,7 +239,7 @@ image_of_dockerfile() {
 # The machine that a tree's programs are for, as ELF names it; nothing for a tree without any.
 image_machine() {
     local root=$1 file
-    find -L "$root/lib" "$root/lib64" "$root/usr/lib" "$root/bin" "$root/usr/bin" "$root/usr/local/bin" -maxdepth 2 \
+    find "$root/lib" "$root/lib64" "$root/usr/lib" "$root/bin" "$root/usr/bin" "$root/usr/local/bin" -maxdepth 2 \
         \( -name 'ld-*' -o -name 'libc.so*' -o -name busybox -o -name 'node' -o -name 'python3*' -o -name sh \) -type f 2>/dev/null |
         while read -r file; do
             [ "$(head -c 4 "$file" | tr -d '\0')" = $'\x7fELF' ] || continue
@@ -276,15 +276,27 @@ image_resolve() {
     echo "$root$path"
 }
 
+# image_inside ROOT PATH…: none of the folders that will be written to is a link out of the tree, which
+# would be one into this machine. One that is not there is made.
+image_inside() {
+    local root=$1 path folder
+    shift
+    for path; do
+        folder=$(image_resolve "$root" "$path")
+        [[ $(realpath -m "$folder") == "$(realpath "$root")"/* ]] || die "$path of the tree leads out of it"
+        mkdir -p "$folder"
+    done
+}
+
 # The agent as /sbin/init; what was there stays beside it.
 image_install_agent() {
-    local root=$1 init=$1/usr/sbin/init machine ours name found
+    local root=$1 init machine ours name found
     machine=$(image_machine "$root")
     ours=$(od -An -tu2 -j 18 -N 2 "$AGENT" | tr -d ' ')
     [ -z "$machine" ] || [ "$machine" = "$ours" ] ||
         die "wrong architecture: the tree's programs are for ELF machine $machine, $AGENT is for $ours"
-    [ -d "$root/usr/sbin" ] && [ "$(image_resolve "$root" /sbin)" -ef "$root/usr/sbin" ] || init=$root/sbin/init
-    mkdir -p "$(dirname "$init")" "$root"/{proc,sys,dev,run,tmp}
+    image_inside "$root" /sbin /proc /sys /dev /run /tmp
+    init=$(image_resolve "$root" /sbin)/init
     if [ -e "$init" ] || [ -L "$init" ]; then
         mv "$init" "$init.old"
         say "the old /sbin/init is /sbin/init.old" >&2
@@ -308,6 +320,7 @@ image_pack() {
         image_clean "$tree" "$recipe"
     elif [ "$kind" = instance ]; then
         [ -L "$tree/sbin/init" ] || [ -e "$tree/sbin/init" ] || die "$source has no /sbin/init: an instance boots its own"
+        image_inside "$tree" /etc /etc/cloud /etc/cloud/cloud.cfg.d /etc/systemd /etc/systemd/system
         image_instance "$tree"
     fi
     [ "$kind" != runtime ] || image_install_agent "$tree"
@@ -423,7 +436,7 @@ image_source() {
     esac
     curl -fsIL --connect-timeout 20 -o /dev/null "$mirror/dists/$SUITE/InRelease" ||
         die "$mirror does not have $SUITE, or there is no network: --mirror ADDRESS names another, --base TARBALL starts from a root file system"
-    SOURCE=$IMAGE_CACHE/$NAME-$(declare -f image_tar image_finish image_install_node image_distroless image_bytecode image_clean |
+    SOURCE=$IMAGE_CACHE/$NAME-$(declare -f image_tar image_finish image_install_node image_distroless image_bytecode image_locale image_instance |
         guest_hash - "runtimes/$NAME" <(echo "$IMAGE_EPOCH $(date -u +%F)")).tar
     GUEST_CACHE=$IMAGE_CACHE guest_once "$SOURCE" image_tar "$PWD/runtimes/$NAME" "$mirror"
     find "$IMAGE_CACHE" -maxdepth 1 -name "$NAME-*.tar" ! -path "$SOURCE" -delete

@@ -27,6 +27,12 @@ arm_tree() {
 
 alpine_tree "$T/alpine"
 arm_tree "$T/arm"
+mkdir -p "$T/outside" "$T/leads/bin"
+ln -s ../outside "$T/leads/sbin"
+cp -r "$T/alpine" "$T/merged"
+mv "$T/merged/sbin"/* "$T/merged/usr/sbin/"
+rmdir "$T/merged/sbin"
+ln -s /usr/sbin "$T/merged/sbin"
 
 # ---- packing ------------------------------------------------------------------------------------
 
@@ -47,6 +53,9 @@ SHA=$(sha256sum <"$T/alpine.ext4")
 check 'image: --verify' image --verify "${SHA%% *}" "$T/alpine.ext4"
 refused 'image: --verify of another' 1 'is not' image --verify "${SHA%% *}" "$T/alpine.squashfs"
 
+check 'image: /sbin as a link from the root' image --from "$T/merged" --out "$T/merged.squashfs"
+check 'image: leads to a folder of the tree' cmp "$AGENT" <(unsquashfs -cat "$T/merged.squashfs" usr/sbin/init)
+
 # ---- what is wrong is said ------------------------------------------------------------------------
 
 nothing_left() { [ ! -e "$T/none" ] && [ ! -e "$T/none.part" ] && [ ! -e "$T/none.part.tree" ]; }
@@ -63,6 +72,8 @@ wrong 'a recipe that is not there' 'no recipe nonsense; there are: .*debian-12-p
 wrong 'a source that is not there' 'is not there' image --from "$T/missing" --out "$T/none"
 wrong 'another architecture' 'wrong architecture: .* ELF machine 183' image --from "$T/arm" --out "$T/none"
 wrong 'no root file system' 'no root file system: neither /usr nor /bin' image --from "$T/other.tar" --out "$T/none"
+wrong 'a link out of the tree' '/sbin of the tree leads out of it' image --from "$T/leads" --out "$T/none"
+check_eq 'image: a link out of the tree: nothing is written there' '' "$(ls "$T/outside")"
 wrong 'half a tarball' 'cannot unpack|does not build' image --from "$T/short.tar" --out "$T/none"
 wrong 'an interpreter that it lacks' 'the tree has no python3' image --from "$T/alpine" --needs python3 --out "$T/none"
 wrong 'no such format' 'no format iso' image --from "$T/alpine" --format iso --out "$T/none"
