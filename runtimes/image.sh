@@ -148,12 +148,16 @@ image_locale() {
 
 # Keys, users and the network come by cloud-init from a disk with the label `cidata`, or there are none.
 image_instance() {
-    local root=$1
+    local root=$1 units=$1/etc/systemd/system unit
     mkdir -p "$root/etc/cloud/cloud.cfg.d"
     echo 'datasource_list: [NoCloud, None]' >"$root/etc/cloud/cloud.cfg.d/90_datasource.cfg"
     echo '/dev/root / auto defaults 0 0' >"$root/etc/fstab"
-    # The host's kernel comes without modules of its own; what waits for them would wait in vain.
-    ln -sf /dev/null "$root/etc/systemd/system/systemd-networkd-wait-online.service"
+    # netplan would enable it too late for the first boot; and what waits for all links would wait in vain.
+    mkdir -p "$units/multi-user.target.wants"
+    for unit in systemd-networkd systemd-resolved; do
+        ln -sf "/lib/systemd/system/$unit.service" "$units/multi-user.target.wants/"
+    done
+    ln -sf /dev/null "$units/systemd-networkd-wait-online.service"
 }
 
 # What the packages' scripts would have made: authorities, users, and names for their numbers.
@@ -201,7 +205,11 @@ image_clean() {
         "$root"/root/.cache "$root"/tmp/* "$root"/run/* "$root"/var/lib/systemd/{random-seed,catalog/database}
     find "$root/var/log" -type f -exec truncate -s 0 {} + 2>/dev/null || true
     rm -f "$root"/etc/{resolv.conf,hostname,apt/apt.conf.d/99mmdebstrap,dpkg/dpkg.cfg.d/99mmdebstrap}
-    [ "$KIND" = instance ] || rm -f "$root/etc/machine-id" "$root/var/lib/dbus/machine-id"
+    if [ "$KIND" = instance ]; then
+        ln -s ../run/systemd/resolve/stub-resolv.conf "$root/etc/resolv.conf"
+    else
+        rm -f "$root/etc/machine-id" "$root/var/lib/dbus/machine-id"
+    fi
 }
 
 # ---- Any tree ------------------------------------------------------------------------------------
@@ -320,7 +328,7 @@ image_pack() {
         image_clean "$tree" "$recipe"
     elif [ "$kind" = instance ]; then
         [ -L "$tree/sbin/init" ] || [ -e "$tree/sbin/init" ] || die "$source has no /sbin/init: an instance boots its own"
-        image_inside "$tree" /etc /etc/cloud /etc/cloud/cloud.cfg.d /etc/systemd /etc/systemd/system
+        image_inside "$tree" /etc /etc/cloud /etc/cloud/cloud.cfg.d /etc/systemd /etc/systemd/system /etc/systemd/system/multi-user.target.wants
         image_instance "$tree"
     fi
     [ "$kind" != runtime ] || image_install_agent "$tree"
