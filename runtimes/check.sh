@@ -93,13 +93,12 @@ configured() {
 has() { call request -i "/file$1" >"$CHECK/has" 2>&1 && grep -aqm 1 '200' <(head -n 1 "$CHECK/has"); }
 
 make_programs() {
-    mkdir "$CHECK/executable" "$CHECK/wrong" "$CHECK/squash"
+    mkdir "$CHECK/executable" "$CHECK/squash"
     gcc -O2 -static -o "$CHECK/executable/server" runtimes/conformance/server.c
     echo "on a squashfs" >"$CHECK/squash/known"
     mksquashfs "$CHECK/squash" "$CHECK/ro.squashfs" -quiet -no-progress >/dev/null
     truncate -s 16M "$CHECK/rw.ext4"
     mke2fs -q -t ext4 "$CHECK/rw.ext4"
-    cp runtimes/conformance/main.py "$CHECK/wrong/"
     head -c 3000000 /dev/urandom | base64 -w 0 >"$CHECK/body"
 }
 
