@@ -150,7 +150,9 @@ image_locale() {
 image_instance() {
     local root=$1 units=$1/etc/systemd/system unit
     mkdir -p "$root/etc/cloud/cloud.cfg.d"
-    echo 'datasource_list: [NoCloud, None]' >"$root/etc/cloud/cloud.cfg.d/90_datasource.cfg"
+    # A host names the link by its driver, which ifupdown, where cloud-init finds one, does not understand.
+    printf '%s\n' 'datasource_list: [NoCloud, None]' 'system_info: {network: {renderers: [netplan]}}' \
+        >"$root/etc/cloud/cloud.cfg.d/90_instance.cfg"
     echo '/dev/root / auto defaults 0 0' >"$root/etc/fstab"
     # netplan would enable it too late for the first boot; and what waits for all links would wait in vain.
     mkdir -p "$units/multi-user.target.wants"
