@@ -6988,40 +6988,30 @@ static void marshal_double(struct buf *out, double v)
 #define MARSHAL_DICT_END    '0'
 #define MARSHAL_NONE        'N'
 
-/* The ASGI scope (asgi.readthedocs.io, HTTP connection scope) or that of an event. */
+/* What the worker makes the ASGI scope of (asgi.readthedocs.io, HTTP connection scope) or that of an
+ * event: a tuple, as it knows the keys by itself. */
 static void marshal_scope(struct buf *out, const struct request *r)
 {
     struct span rest, name, value;
     struct buf path = { 0 };
 
-    buf_add_byte(out, MARSHAL_DICT);
-    marshal_key(out, "type");
     if (r->is_event) {
+        marshal_tuple(out, 2);
         marshal_key(out, "aleph.message");
-        marshal_key(out, "body");
         marshal_text(out, request_part(r, r->event));
-        buf_add_byte(out, MARSHAL_DICT_END);
         return;
     }
+    marshal_tuple(out, 10);
     marshal_key(out, request_is_websocket(r) ? "websocket" : "http");
-    marshal_key(out, "http_version");
     marshal_key(out, r->http_version);
-    marshal_key(out, "method");
     marshal_str(out, request_part(r, r->method));
-    marshal_key(out, "scheme");
     marshal_key(out, r->is_https ? "https" : "http");
-    marshal_key(out, "path");
     percent_decode(&path, request_part(r, r->raw_path));
     marshal_text(out, buf_span(&path));
     out->failed |= path.failed;
     buf_fini(&path);
-    marshal_key(out, "raw_path");
     marshal_bytes(out, request_part(r, r->raw_path));
-    marshal_key(out, "query_string");
     marshal_bytes(out, request_part(r, r->query));
-    marshal_key(out, "root_path");
-    marshal_key(out, "");
-    marshal_key(out, "client");
     if (r->client.n > 0) {
         marshal_tuple(out, 2);
         marshal_str(out, request_part(r, r->client));
@@ -7029,18 +7019,15 @@ static void marshal_scope(struct buf *out, const struct request *r)
     } else {
         buf_add_byte(out, MARSHAL_NONE);
     }
-    marshal_key(out, "server");
     marshal_tuple(out, 2);
     marshal_str(out, r->server.n > 0 ? request_part(r, r->server) : SPAN("localhost"));
     marshal_int(out, r->server.n > 0 ? r->server_port : r->is_https ? PORT_HTTPS : PORT_HTTP);
-    marshal_key(out, "headers");
     marshal_list(out, r->fields_count);
     for (rest = request_part(r, r->fields); field_next(&rest, &name, &value);) {
         marshal_tuple(out, 2);
         marshal_lower(out, name);
         marshal_bytes(out, value);
     }
-    buf_add_byte(out, MARSHAL_DICT_END);
 }
 
 /* ---- frames out ---- */
@@ -12372,7 +12359,8 @@ static void http_on_sent(struct conn *c)
         http_await(h);
     } else {
         conn_after(c, c->out.len > 0 ? limits.send_ms : h->head_bytes > 0 ? limits.head_ms : limits.idle_ms);
-        conn_soon(c);               /* the next request may have waited for room in `out` */
+        if (c->in.len > 0 || c->eof || c->paused || c->tls)
+            conn_soon(c);           /* the next request may have waited for room in `out` */
     }
 }
 

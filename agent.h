@@ -75,7 +75,9 @@
 enum frame_type {
     /* agent to worker */
     FRAME_CONFIGURE      = 1,   /* stream 0: marshal v2 dict, see worker.py */
-    FRAME_REQUEST        = 2,   /* marshal v2 dict: the ASGI scope; END: no body follows */
+    FRAME_REQUEST        = 2,   /* marshal v2 tuple: type, http_version, method, scheme, path, raw_path, query_string,
+                                 * client, server and headers of the ASGI scope; aleph.message: type, body.
+                                 * END: no body follows */
     FRAME_REQUEST_BODY   = 3,   /* body bytes; END: the last, may be empty */
     FRAME_DISCONNECT     = 4,   /* empty: nobody waits for the answer any more; an accepted WebSocket: as CLOSE */
     FRAME_SHUTDOWN       = 5,   /* stream 0, empty: lifespan shutdown, then exit 0 */

@@ -44,6 +44,7 @@ import traceback
 import types
 
 HEADER = struct.Struct("<IIBBH")        # payload length, stream, type, flags, zero
+HEAD = struct.Struct("<HH")             # of a response: status, number of headers
 CONFIGURE, REQUEST, REQUEST_BODY, DISCONNECT, SHUTDOWN, WINDOW = range(1, 7)
 HELLO, READY, START_FAILED, RESPONSE_HEAD, RESPONSE_BODY, FAILURE, TEXT, BINARY, CLOSE = range(7, 16)
 END = 0x01                              # flag: last frame of its direction
@@ -148,22 +149,37 @@ def leave(code):
 
 # ---- Selector: fewer system calls ------------------------------------------------------
 
-class Selector(selectors.DefaultSelector):
+class Selector(selectors.EpollSelector):
     """asyncio looks for events between any two steps of its tasks. While some are to be run at
-    once it need not do so each time: a request takes two or three such turns."""
+    once it need not do so each time: a request takes two or three such turns. And what comes
+    most often, frames from the agent and nothing else, is seen to right here; if the loop has
+    nothing else to do then, without a turn of it."""
 
     turns = 0
+
+    def __init__(self, channel):
+        super().__init__()
+        self.channel = channel
+        self.epoll = select.epoll.fromfd(os.dup(self.fileno()))
 
     def select(self, timeout=None):
         self.turns += 1
         if timeout is not None and timeout <= 0 and self.turns < TURNS:
             return []
         self.turns = 0
-        return super().select(timeout)
+        channel = self.channel
+        while self.epoll.poll(timeout) == channel.readable:
+            try:
+                channel.on_readable()
+            except Exception as exc:    # as the loop would do
+                log(format_error(exc))
+            if timeout is not None or channel.loop._ready or channel.loop._scheduled:
+                return []
+        return super().select(0)
 
 
-def new_loop():
-    loop = asyncio.SelectorEventLoop(Selector())
+def new_loop(channel):
+    loop = asyncio.SelectorEventLoop(Selector(channel))
     asyncio.set_event_loop(loop)
     return loop
 
@@ -180,14 +196,16 @@ class Channel:
         self.have = 0
         self.out = []                   # frames, headers and payloads
         self.size = 0                   # of their payloads, since the last flush
+        self.unread = 0                 # bytes that came with the frame at hand, behind it
         self.flushing = self.forked = self.full = False
         self.flushed_at = 0.0
         self.loop = self.on_frame = self.on_end = None
+        self.readable = None            # what epoll says when only the agent has written
         os.register_at_fork(after_in_child=self.on_fork)
 
     def on_fork(self):
         """In a child that the program forks: neither the channel nor our loop is its own."""
-        self.forked = True
+        self.forked, self.readable = True, None
         self.sock.close()
         if self.loop is not None:
             self.loop.call_soon(leave, 0)
@@ -213,6 +231,7 @@ class Channel:
     def start(self, loop, on_frame, on_end):
         self.loop, self.on_frame, self.on_end = loop, on_frame, on_end
         self.sock.setblocking(False)
+        self.readable = [(self.sock.fileno(), select.EPOLLIN)]
         loop.add_reader(self.sock.fileno(), self.on_readable)
 
     def on_readable(self):
@@ -227,16 +246,22 @@ class Channel:
             return self.end()
         have += self.have
         unpack, on_frame = HEADER.unpack_from, self.on_frame
-        while have - at >= 12:
-            length, stream, kind, flags, _ = unpack(view, at)
-            start = at + 12
-            if have - start < length:
-                break
-            at = start + length
-            on_frame(stream, kind, flags, view[start:at].tobytes())
-        self.have = have - at
-        if self.have or len(view) > READ:
-            self.keep(at, have)
+        ours, self.flushing = not self.flushing, True
+        try:
+            while have - at >= 12:
+                length, stream, kind, flags, _ = unpack(view, at)
+                start = at + 12
+                if have - start < length:
+                    break
+                at = start + length
+                self.unread = have - at
+                on_frame(stream, kind, flags, view[start:at].tobytes())
+        finally:
+            self.have, self.unread = have - at, 0
+            if self.have or len(view) > READ:
+                self.keep(at, have)
+            if ours:
+                self.flush()
 
     def keep(self, at, have):
         """Move the start of a frame to the front, where there is room for the rest of it."""
@@ -306,6 +331,7 @@ class Channel:
 
     def end(self):
         if self.sock.fileno() >= 0:
+            self.readable = None
             self.loop.remove_reader(self.sock.fileno())
             self.loop.remove_writer(self.sock.fileno())
             self.sock.close()
@@ -318,7 +344,9 @@ def head_payload(status, headers, least=200):
     """u16 status, u16 n, n times `name NUL value NUL`; raises what the program did wrong."""
     if not isinstance(status, int) or not least <= status <= 999:
         raise ValueError("status is %r, not a number from 200 to 999" % (status,))
-    flat = [item for name, value in headers for item in (name, value)]
+    flat = []
+    for name, value in headers:
+        flat += name, value
     try:
         block = b"\0".join(flat)
     except TypeError:
@@ -331,7 +359,7 @@ def head_payload(status, headers, least=200):
         raise ValueError("header %r holds CR, LF or NUL" % (bad,))
     if len(block) > HEAD_MAX - 4 or len(flat) > 2 * 0xffff:
         raise ValueError("response head of %d bytes is too large" % len(block))
-    return struct.pack("<HH", status, len(flat) // 2) + block
+    return HEAD.pack(status, len(flat) // 2) + block
 
 
 @types.coroutine
@@ -362,11 +390,8 @@ class Exchange:
         self.gone = False               # closed because nobody waits for the answer
 
     def start(self):
-        scope = self.scope
-        scope["asgi"] = {"version": "3.0", "spec_version": "2.4"}
-        scope["state"] = self.worker.state.copy()
         self.worker.running.add(self)
-        self.task = self.worker.new_task(self.run())
+        self.task = self.worker.new_task(self.run(), self.body_ended)
 
     async def run(self):
         worker = self.worker
@@ -383,8 +408,8 @@ class Exchange:
             if worker.stopping:
                 worker.check_idle()
 
-    async def call(self):
-        await self.worker.app(self.scope, self.receive, self.send)
+    def call(self):
+        return self.worker.app(self.scope, self.receive, self.send)
 
     # -- from the agent
 
@@ -495,8 +520,10 @@ class Exchange:
             else:
                 self.close(body)
                 worker = self.worker
-                if not worker.exchanges or self.closed_at - worker.channel.flushed_at > GATHER_S:
-                    worker.channel.flush(self.closed_at)
+                channel = worker.channel
+                if (not worker.exchanges and not channel.unread
+                        or self.closed_at - channel.flushed_at > GATHER_S):
+                    channel.flush(self.closed_at)
                 elif worker.lingers:
                     await next_turn()
         else:
@@ -821,7 +848,7 @@ class WsgiExchange(Exchange):
         self.body.append(body)
         self.scope = {
             "http_version": "1.1", "method": "POST", "scheme": "http", "raw_path": b"/",
-            "query_string": b"", "root_path": "", "client": None, "server": None,
+            "query_string": b"", "client": None, "server": None,
             "headers": [(b"host", b"localhost"), (b"aleph-event", b"aleph.message"),
                         (b"content-length", b"%d" % len(body))]}
 
@@ -870,13 +897,12 @@ class WsgiExchange(Exchange):
     def environ(self):
         scope = self.scope
         path = self.worker.unquote(scope["raw_path"]).decode("latin-1")
-        root = scope["root_path"].encode().decode("latin-1")
         name, port = scope["server"] or ("localhost", 80)
         client, client_port = scope["client"] or ("", "")
         env = {
             "REQUEST_METHOD": scope["method"],
-            "SCRIPT_NAME": root,
-            "PATH_INFO": path[len(root):] if path.startswith(root) else path,
+            "SCRIPT_NAME": "",
+            "PATH_INFO": path,
             "QUERY_STRING": scope["query_string"].decode("latin-1"),
             "SERVER_NAME": name,
             "SERVER_PORT": str(port),
@@ -1204,6 +1230,29 @@ class Lifespan:
         await asyncio.wait({self.task}, timeout=EXIT_S)
 
 
+# ---- Tasks whose first step is not put off ---------------------------------------------------
+
+if sys.version_info >= (3, 12):
+    def start_task(coro, loop):
+        return asyncio.Task(coro, loop=loop, name="request", eager_start=True)
+else:
+    steps = []
+
+    def take_step(step, context):
+        steps.append((step, context))
+
+    def start_task(coro, loop):
+        """A Task gives its first step to its loop's call_soon, which for this once is ours."""
+        loop.call_soon = take_step
+        try:
+            task = asyncio.Task(coro, loop=loop, name="request")
+        finally:
+            del loop.call_soon          # the method of its class again
+        step, context = steps.pop()
+        context.run(step)
+        return task
+
+
 # ---- Worker: the program and its exchanges ---------------------------------------------------
 
 class Worker:
@@ -1268,10 +1317,10 @@ class Worker:
 
     def on_frame(self, stream, kind, flags, payload):
         if kind == REQUEST:
-            scope = marshal.loads(payload)
-            make = self.makers.get(scope["type"], self.event)
-            exchange = make(self, stream, scope, flags & END != 0)
-            self.exchanges[stream] = exchange
+            parts = marshal.loads(payload)
+            make = self.makers.get(parts[0], self.event)
+            scope = self.event_scope(*parts) if len(parts) == 2 else self.request_scope(*parts)
+            self.exchanges[stream] = exchange = make(self, stream, scope, flags & END != 0)
             if self.stopping:
                 return exchange.fail("the program is shutting down")
             try:
@@ -1293,6 +1342,16 @@ class Worker:
             elif kind in (TEXT, BINARY):
                 exchange.on_piece(kind, payload, flags & END != 0)
 
+    def request_scope(self, kind, version, method, scheme, path, raw_path, query, client, server, headers):
+        return {"type": kind, "asgi": {"version": "3.0", "spec_version": "2.4"},
+                "http_version": version, "method": method, "scheme": scheme, "path": path,
+                "raw_path": raw_path, "query_string": query, "root_path": "", "client": client,
+                "server": server, "headers": headers, "state": self.state.copy()}
+
+    def event_scope(self, kind, body):
+        return {"type": kind, "asgi": {"version": "3.0", "spec_version": "2.4"}, "body": body,
+                "state": self.state.copy()}
+
     def on_end(self):
         """The agent is gone: nobody waits for any answer."""
         for exchange in list(self.exchanges.values()):
@@ -1308,11 +1367,14 @@ class Worker:
             exchange.on_stop()
         self.stop.set()
 
-    def new_task(self, coro):
-        """loop.create_task without making up a name, unless the program has its own factory."""
-        if self.loop.get_task_factory() is None:
+    def new_task(self, coro, at_once):
+        """loop.create_task without making up a name, unless the program has its own factory.
+        `at_once`: most requests take one step, which need not wait for a turn of the loop."""
+        if self.loop.get_task_factory() is not None:
+            return self.loop.create_task(coro)
+        if not at_once or asyncio.current_task(self.loop) is not None:      # a loop inside a step
             return asyncio.Task(coro, loop=self.loop, name="request")
-        return self.loop.create_task(coro)
+        return start_task(coro, self.loop)
 
     def check_idle(self):
         if not self.exchanges and not self.running:
@@ -1343,7 +1405,7 @@ def main():
     serve = Worker(channel).serve(conf, pythonpath, warmed)
     if not hasattr(asyncio, "Runner"):  # before 3.11: no choice of the loop
         return asyncio.run(serve)
-    with asyncio.Runner(loop_factory=new_loop) as runner:
+    with asyncio.Runner(loop_factory=lambda: new_loop(channel)) as runner:
         runner.run(serve)
 
 

@@ -46,8 +46,8 @@ breaks ready agent.c 's/VMADDR_CID_HOST, PORT_ALEPH)/VMADDR_CID_HOST, PORT_ALEPH
 breaks configuration agent.c 's/mp_write_bool(&out, ok);/mp_write_bool(\&out, true);/' ready halt
 breaks executable agent.c 's/"HOST", "127.0.0.1"/"HOST", "127.0.0.2"/' ready asgi event wsgi
 breaks volumes agent.c 's/(v->read_only ? MS_RDONLY : 0)/MS_RDONLY/' ready executable asgi halt
-breaks asgi agent.c '/"query_string");/,+1s/r->query/r->raw_path/' ready executable event node
-breaks event agent.c '/marshal_key(out, "aleph.message");/,+1s/"body"/"text"/' ready asgi wsgi
+breaks asgi agent.c '/marshal_bytes(out, request_part(r, r->query));/s/r->query/r->raw_path/' ready executable event node
+breaks event agent.c 's/marshal_text(out, request_part(r, r->event));/marshal_text(out, SPAN("other"));/' ready asgi wsgi
 breaks wsgi shims/worker.py 's/"QUERY_STRING": .*/"QUERY_STRING": "",/' ready asgi event
 breaks node shims/node.cjs "s/^const fs = .*/process.exit(3);/" ready executable asgi
 breaks halt agent.c 's/^    reboot(off ? /    (void)(off ? /' ready executable asgi

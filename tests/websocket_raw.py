@@ -139,6 +139,7 @@ def group_handshakes():
     with Client() as client:
         client.send(handshake(b"/deny") + handshake(b"/close"))
         equal("26 handshake: the connection goes on after a denial", [418, 403], [client.response().status for _ in range(2)])
+    ask("/clear")
     with Socket(b"/echo", b"Sec-WebSocket-Protocol: a, b\r\nSec-WebSocket-Protocol: c\r\n"
                 b"Sec-WebSocket-Extensions: permessage-deflate\r\n") as ws:
         accept = base64.b64encode(hashlib.sha1(KEY + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
@@ -153,7 +154,7 @@ def group_handshakes():
         equal("scope", {"type": "websocket", "http_version": "1.1", "scheme": "ws", "path": "/scope", "query_string": "b'a=%20b'",
                         "root_path": "", "server": ["localhost", 80], "subprotocols": ["x", "y"], "extensions": {"websocket.http.response": {}},
                         "asgi": {"version": "3.0", "spec_version": "2.4"}, "state": {}}, scope)
-    ask("/clear")
+    told("accept: clients that leave", (1006, ""), (1006, ""))
     with Client() as client:
         client.send(handshake(b"/late"))
         time.sleep(0.05)
