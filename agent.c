@@ -2918,6 +2918,10 @@ static void boot_protect(void)
     struct rlimit files = { most, most };
 
     prctl(PR_SET_DUMPABLE, 0);
+    /* What wakes up does not interrupt what runs, neither we the program nor it us, which on a machine of
+     * one CPU would be the rule: sched(7). Children inherit it. Not of musl, which takes it for POSIX's. */
+    if (syscall(SYS_sched_setscheduler, 0, SCHED_BATCH, &(struct sched_param){ 0 }) < 0)
+        log_debug("SCHED_BATCH: %s", strerror(errno));
     if (file_set("/proc/self/oom_score_adj", "-1000") < 0)
         log_debug("oom_score_adj: %s", strerror(errno));
     if (setrlimit(RLIMIT_NOFILE, &files) < 0)

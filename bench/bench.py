@@ -355,6 +355,7 @@ Boot = collections.namedtuple("Boot", "init_ms all_ms")
 RuntimeBoot = collections.namedtuple("RuntimeBoot", "ready_ms ready_from_power_ms hello_ms")
 ECHO_PORT, ECHO = 7000, b"x" * 100
 GUEST_REQUESTS = 200
+GUEST_CPUS = os.environ.setdefault("GUEST_CPUS", "2")   # for guest.sh: the agent and its worker have one each
 HASH = "cafe" * 16                      # of the program: it names the guest
 WIRE = msgpack.packb({"scope": {"type": "http", "path": "/", "method": "GET", "query_string": "",
                                 "headers": [[b"host", b"guest"]], "body": b""}})

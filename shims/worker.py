@@ -57,6 +57,7 @@ LONG, PIECES = 64 << 10, 256            # what is longer goes out without a copy
 SWITCHING = 101                         # the status that accepts a WebSocket
 REASON_MAX = 123                        # bytes of why a WebSocket is closed (RFC 6455, 5.5)
 HEAD_MAX = 256 << 10                    # the agent takes no larger frame
+HEADS_KEPT, HEAD_KEPT_MAX = 64, 1 << 10     # heads that may be used again, and their bytes
 MESSAGE_MAX, DETAILS_MAX = 4 << 10, 24 << 10    # characters of an error; the agent keeps less
 MSGPACK_DEPTH = 60                      # of an event's reply; the agent reads 64
 THREADS = 32                            # WSGI requests at once
@@ -161,8 +162,11 @@ class Selector(selectors.EpollSelector):
         super().__init__()
         self.channel = channel
         self.epoll = select.epoll.fromfd(os.dup(self.fileno()))
+        channel.selector = self
 
     def select(self, timeout=None):
+        if self.channel.at:             # a request's step runs the loop: what others wait for must go
+            self.channel.flush()
         self.turns += 1
         if timeout is not None and timeout <= 0 and self.turns < TURNS:
             return []
@@ -192,14 +196,13 @@ class Channel:
 
     def __init__(self, sock):
         self.sock = sock
-        self.view = memoryview(bytearray(READ))     # the first `have` bytes: the start of a frame
-        self.have = 0
+        self.view = memoryview(bytearray(READ))     # of what was read, up to `have`, frames up to
+        self.at = self.have = 0                     # `at` are handled or, but in on_readable, gone
         self.out = []                   # frames, headers and payloads
         self.size = 0                   # of their payloads, since the last flush
-        self.unread = 0                 # bytes that came with the frame at hand, behind it
         self.flushing = self.forked = self.full = False
         self.flushed_at = 0.0
-        self.loop = self.on_frame = self.on_end = None
+        self.loop = self.selector = self.on_frame = self.on_end = None
         self.readable = None            # what epoll says when only the agent has written
         os.register_at_fork(after_in_child=self.on_fork)
 
@@ -235,36 +238,39 @@ class Channel:
         loop.add_reader(self.sock.fileno(), self.on_readable)
 
     def on_readable(self):
-        view, at = self.view, 0
+        if self.at:                     # a frame's handler runs the loop: see Selector
+            self.keep()
         try:
-            have = self.sock.recv_into(view[self.have:] if self.have else view)
+            count = self.sock.recv_into(self.view[self.have:] if self.have else self.view)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
-            have = 0
-        if not have:
+            count = 0
+        if not count:
             return self.end()
-        have += self.have
+        self.have += count
         unpack, on_frame = HEADER.unpack_from, self.on_frame
         ours, self.flushing = not self.flushing, True
         try:
-            while have - at >= 12:
-                length, stream, kind, flags, _ = unpack(view, at)
-                start = at + 12
-                if have - start < length:
+            while self.have - self.at >= 12:
+                length, stream, kind, flags, _ = unpack(self.view, self.at)
+                start = self.at + 12
+                end = start + length
+                if end > self.have:
                     break
-                at = start + length
-                self.unread = have - at
-                on_frame(stream, kind, flags, view[start:at].tobytes())
+                self.at = end
+                on_frame(stream, kind, flags, self.view[start:end].tobytes())
         finally:
-            self.have, self.unread = have - at, 0
-            if self.have or len(view) > READ:
-                self.keep(at, have)
+            self.keep()
             if ours:
                 self.flush()
 
-    def keep(self, at, have):
+    def keep(self):
         """Move the start of a frame to the front, where there is room for the rest of it."""
+        at, have = self.at, self.have
+        self.at, self.have = 0, have - at
+        if at == have and len(self.view) == READ:
+            return
         rest, need = self.view[at:have].tobytes(), READ
         if len(rest) >= 12:
             need = max(READ, 12 + HEADER.unpack_from(rest)[0])
@@ -340,7 +346,26 @@ class Channel:
 
 # ---- Exchange: one request and its response ---------------------------------------------
 
+heads = {}                              # payloads of small ones, each by what it was made of
+
+
 def head_payload(status, headers, least=200):
+    """What make_head makes: most heads are like one before."""
+    key = status, tuple(headers), least
+    try:
+        if key in heads:
+            return heads[key]
+    except TypeError:                   # headers that are lists
+        return make_head(*key)
+    payload = make_head(*key)
+    if len(payload) <= HEAD_KEPT_MAX:
+        if len(heads) == HEADS_KEPT:
+            heads.clear()
+        heads[key] = payload
+    return payload
+
+
+def make_head(status, headers, least):
     """u16 status, u16 n, n times `name NUL value NUL`; raises what the program did wrong."""
     if not isinstance(status, int) or not least <= status <= 999:
         raise ValueError("status is %r, not a number from 200 to 999" % (status,))
@@ -521,7 +546,7 @@ class Exchange:
                 self.close(body)
                 worker = self.worker
                 channel = worker.channel
-                if (not worker.exchanges and not channel.unread
+                if (not worker.exchanges and channel.at == channel.have
                         or self.closed_at - channel.flushed_at > GATHER_S):
                     channel.flush(self.closed_at)
                 elif worker.lingers:
@@ -1369,10 +1394,11 @@ class Worker:
 
     def new_task(self, coro, at_once):
         """loop.create_task without making up a name, unless the program has its own factory.
-        `at_once`: most requests take one step, which need not wait for a turn of the loop."""
+        `at_once`: most requests take one step, which need not wait for a turn of the loop, unless
+        that itself is run by a step."""
         if self.loop.get_task_factory() is not None:
             return self.loop.create_task(coro)
-        if not at_once or asyncio.current_task(self.loop) is not None:      # a loop inside a step
+        if not at_once or self.channel.selector is None or asyncio.current_task(self.loop) is not None:
             return asyncio.Task(coro, loop=self.loop, name="request")
         return start_task(coro, self.loop)
 

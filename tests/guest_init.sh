@@ -31,6 +31,7 @@ check_eq 'T3: a command with 0 to 2 (3 is the list)' '0 1 2 3' "$(shell 'ls /pro
 check_eq 'T3: PID 1 is not chosen when memory ends' -1000 "$(shell 'cat /proc/1/oom_score_adj')"
 check_eq 'T3: a command can be' 0 "$(shell 'cat /proc/self/oom_score_adj')"
 check_eq 'T3: a program can be' 0 "$(request /adj)"
+check_eq 'PID 1 and what it starts are SCHED_BATCH' '3 3' "$(shell 'sed "s/.*) //" /proc/1/stat /proc/self/stat | cut -d " " -f 39' | xargs)"
 check_eq 'T3: no inherited descriptor leads out of PID 1' '' \
     "$(shell 'for fd in /proc/1/fd/*; do f=/proc/1/fdinfo/${fd##*/}; [ ${fd##*/} -le 2 ] || grep -q "flags:.*02[0-9]\{6\}$" $f || readlink $fd; done')"
 check_match 'T3: the ports are taken' 'Address already in use' \

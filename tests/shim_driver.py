@@ -628,6 +628,28 @@ def thousand_requests_in_one_write():
 
 
 @check
+def first_step_is_of_a_task():
+    with Agent("echo") as agent:
+        for _ in range(2):
+            equal(agent.json("/task"), {"before": None, "after": "set", "listed": True, "same": True})
+
+
+@check
+def frames_inside_a_step():
+    with Agent("echo") as agent:
+        numbers = [agent.open("/nested"), *(agent.open("/bytes/%d" % i) for i in range(3))]
+        equal([agent.finish(number).status for number in numbers], [200] * 4)
+
+
+@check
+def heads_are_told_apart():
+    with Agent("echo") as agent:
+        for number in [*range(100), *range(100)]:
+            for kind in ("tuples", "lists", "generator"):
+                equal(agent.get("/head/%s/%d" % (kind, number)).headers, [(b"x-number", b"%d" % number)])
+
+
+@check
 def requests_are_concurrent():
     with Agent("echo") as agent:
         slow = agent.open("/sleep/1")

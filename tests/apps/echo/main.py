@@ -18,8 +18,11 @@ Any path not listed below answers with the request as JSON.
   /hold               half of it, then waits for    /release      which lets all /hold go on
   /status/N           that status, with a body      /hopbyhop     headers of one connection only
   /length/N/M         declares N bytes, sends M     /counts       of requests, begun and read
+  /task               of the task that answers      /nested       looks for events inside a step
+  /head/KIND/N        a header with N, its headers in tuples, lists or a generator
 """
 import asyncio
+import contextvars
 import hashlib
 import json
 import os
@@ -34,6 +37,7 @@ disconnects = 0
 begun = 0           # requests handed to the program, whatever became of them
 whole = 0           # of these, read to the end
 held = set()        # futures of /hold
+mark = contextvars.ContextVar("mark", default=None)
 
 
 async def app(scope, receive, send):
@@ -64,7 +68,7 @@ async def lifespan(scope, receive, send):
 
 
 async def start(send, status=200, headers=()):
-    await send({"type": "http.response.start", "status": status, "headers": list(headers)})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
 
 
 async def answer(send, value):
@@ -295,7 +299,30 @@ async def counts(scope, receive, send):
     await answer(send, {"begun": begun, "whole": whole, "disconnects": disconnects})
 
 
+async def task(scope, receive, send):
+    before, first = mark.get(), asyncio.current_task()
+    mark.set("set")
+    listed = first in asyncio.all_tasks()
+    await asyncio.sleep(0)
+    await answer(send, {"before": before, "after": mark.get(), "listed": listed,
+                        "same": first is not None and first is asyncio.current_task()})
+
+
+async def nested(scope, receive, send):
+    time.sleep(0.2)                     # other requests come
+    for _ in range(8):                  # what a loop that runs inside another would do
+        asyncio.get_running_loop()._selector.select(0)
+    await answer(send, {})
+
+
+async def head(scope, receive, send, kind, number):
+    pair = (b"x-number", number.encode())
+    await start(send, 200, {"tuples": [pair], "lists": [list(pair)], "generator": (pair for _ in "1")}[kind])
+    await send({"type": "http.response.body", "body": b"x"})
+
+
 routes = {
+    "task": task, "nested": nested, "head": head,
     "ownframe": ownframe, "hold": hold, "release": release, "status": status,
     "length": length, "hopbyhop": hopbyhop, "counts": counts,
     "bytes": bytes_, "stream": stream, "sleep": sleep, "slowread": slowread,
