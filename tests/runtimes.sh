@@ -40,6 +40,24 @@ runtime node-min $ALWAYS node
 for name in debian-11-python-node debian-12-python debian-13-python; do
     sdk "$name"
 done
+
+# Guests of this script boot the images that it made.
+guest_image() { GUEST_IMAGE=$T/$1; }
+
+# example NAME CODE PATH REGEX: a program of examples/ starts in the image, and answers.
+example() {
+    local TEST_IMAGE=$1
+    boot
+    check "$1: the example $2 starts" configure "$GUEST_ROOT/examples/$2" main:app
+    check_match "$1: the example $2 answers" "$4" "$(request "$3" || true)"
+}
+guest_need
+for name in debian-11-python-node debian-12-python debian-13-python python-min; do
+    example "$name" hello-python / 'Hello'
+    [ "$name" = python-min ] || example "$name" fastapi '/items/7?q=red' '"item":7,"q":"red"'
+done
+stop
+
 check_at_most 'python-min: bytes' $((16 << 20)) "$(stat -c %s "$T/python-min")"
 check_at_most 'node-min: bytes' $((32 << 20)) "$(stat -c %s "$T/node-min")"
 
