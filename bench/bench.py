@@ -540,6 +540,10 @@ def formats(subjects):
     return FORMATS[type(next(iter(subjects.values()))[0])]
 
 
+def cell(form, value):
+    return form % value if value == value else ""      # what was not measured is no number
+
+
 def tell(subjects):
     heads, forms = formats(subjects)
     for name, samples in subjects.items():
@@ -575,7 +579,7 @@ def markdown(results, args):
         heads, forms = formats(subjects)
         lines += ["", "## " + title[0].upper() + title[1:], "", "| | " + " | ".join(heads) + " |",
                   "|---|" + "---:|" * len(heads)]
-        lines += ["| " + " | ".join([name] + [form % value for form, value in zip(forms, median(samples))]) + " |"
+        lines += ["| " + " | ".join([name] + [cell(form, value) for form, value in zip(forms, median(samples))]) + " |"
                   for name, samples in subjects.items()]
     lines += ["", "## Goals", "", "| | | compared with | ratio or figure | goal | |", "|---|---|---|---:|---:|---|"]
     return "\n".join(lines + list(goals(results))) + "\n"
