@@ -2911,15 +2911,15 @@ static int cgroup_mount(void)
     return 0;
 }
 
-/* What protects PID 1 from its tenant, and from being chosen when memory ends. */
+/* What protects PID 1 from its tenant, and from being chosen when memory ends; and how the two share a CPU. */
 static void boot_protect(void)
 {
     rlim_t most = 2 * (rlim_t)limits.conns + 1024;      /* each may have its other end at the program */
     struct rlimit files = { most, most };
 
     prctl(PR_SET_DUMPABLE, 0);
-    /* What wakes up does not interrupt what runs, neither we the program nor it us, which on a machine of
-     * one CPU would be the rule: sched(7). Children inherit it. Not of musl, which takes it for POSIX's. */
+    /* What wakes up waits for what runs, we for the program and it for us (sched(7)): on one CPU each packet
+     * would else interrupt it. Children inherit it. musl's own function is a stub, as Linux means a thread. */
     if (syscall(SYS_sched_setscheduler, 0, SCHED_BATCH, &(struct sched_param){ 0 }) < 0)
         log_debug("SCHED_BATCH: %s", strerror(errno));
     if (file_set("/proc/self/oom_score_adj", "-1000") < 0)
