@@ -1261,19 +1261,24 @@ if sys.version_info >= (3, 12):
     def start_task(coro, loop):
         return asyncio.Task(coro, loop=loop, name="request", eager_start=True)
 else:
-    steps = []
-
-    def take_step(step, context):
-        steps.append((step, context))
-
     def start_task(coro, loop):
-        """A Task gives its first step to its loop's call_soon, which for this once is ours."""
-        loop.call_soon = take_step
+        """A Task gives its first step to its loop's call_soon, which for this once is ours; what the
+        garbage collector calls meanwhile may want that, too."""
+        first = []
+
+        def call_soon(callback, *args, context=None):
+            task = getattr(callback, "__self__", None)
+            if type(task) is asyncio.Task and task.get_coro() is coro:
+                first.append((callback, context))
+            else:
+                type(loop).call_soon(loop, callback, *args, context=context)
+
+        loop.call_soon = call_soon
         try:
             task = asyncio.Task(coro, loop=loop, name="request")
         finally:
             del loop.call_soon          # the method of its class again
-        step, context = steps.pop()
+        (step, context), = first
         context.run(step)
         return task
 

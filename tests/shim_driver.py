@@ -642,6 +642,13 @@ def frames_inside_a_step():
 
 
 @check
+def call_soon_while_a_task_is_made():
+    with Agent("echo") as agent:
+        seen = [agent.json("/window") for _ in range(4)][-1]
+        assert seen["notes"] >= 1 or not seen["there"], seen
+
+
+@check
 def heads_are_told_apart():
     with Agent("echo") as agent:
         for number in [*range(100), *range(100)]:

@@ -19,6 +19,7 @@ Any path not listed below answers with the request as JSON.
   /status/N           that status, with a body      /hopbyhop     headers of one connection only
   /length/N/M         declares N bytes, sends M     /counts       of requests, begun and read
   /task               of the task that answers      /nested       looks for events inside a step
+  /window             calls call_soon while the next Task is made
   /head/KIND/N        a header with N, its headers in tuples, lists or a generator
 """
 import asyncio
@@ -315,6 +316,22 @@ async def nested(scope, receive, send):
     await answer(send, {})
 
 
+notes = []
+
+
+async def window(scope, receive, send):
+    loop, tasks = asyncio.get_running_loop(), getattr(asyncio.tasks, "_all_tasks", None)
+
+    def add(it):
+        del tasks.add
+        loop.call_soon(notes.append, "called")
+        tasks.add(it)
+
+    if tasks is not None and not notes:
+        tasks.add = add
+    await answer(send, {"notes": len(notes), "there": tasks is not None})
+
+
 async def head(scope, receive, send, kind, number):
     pair = (b"x-number", number.encode())
     await start(send, 200, {"tuples": [pair], "lists": [list(pair)], "generator": (pair for _ in "1")}[kind])
@@ -322,7 +339,7 @@ async def head(scope, receive, send, kind, number):
 
 
 routes = {
-    "task": task, "nested": nested, "head": head,
+    "task": task, "nested": nested, "window": window, "head": head,
     "ownframe": ownframe, "hold": hold, "release": release, "status": status,
     "length": length, "hopbyhop": hopbyhop, "counts": counts,
     "bytes": bytes_, "stream": stream, "sleep": sleep, "slowread": slowread,
