@@ -416,7 +416,7 @@ class Exchange:
 
     def start(self):
         self.worker.running.add(self)
-        self.task = self.worker.new_task(self.run(), self.body_ended)
+        self.task = self.worker.new_task(self.run())
 
     async def run(self):
         worker = self.worker
@@ -1397,13 +1397,12 @@ class Worker:
             exchange.on_stop()
         self.stop.set()
 
-    def new_task(self, coro, at_once):
-        """loop.create_task without making up a name, unless the program has its own factory.
-        `at_once`: most requests take one step, which need not wait for a turn of the loop, unless
-        that itself is run by a step."""
+    def new_task(self, coro):
+        """loop.create_task without making up a name, unless the program has its own factory; and
+        its first step needs no turn of the loop, unless that itself is run by a step."""
         if self.loop.get_task_factory() is not None:
             return self.loop.create_task(coro)
-        if not at_once or self.channel.selector is None or asyncio.current_task(self.loop) is not None:
+        if self.channel.selector is None or asyncio.current_task(self.loop) is not None:
             return asyncio.Task(coro, loop=self.loop, name="request")
         return start_task(coro, self.loop)
 
