@@ -13,7 +13,7 @@ init_over() {
     cp "$INIT" "$GUEST/over/over"
     guest_initramfs_init | sed 's/^exec .*/$bb mount -o bind \/over \/root\/sbin\/init\n&/' >"$GUEST/over/init"
     chmod 755 "$GUEST/over/init"
-    { cat "$GUEST_INITRAMFS"; (cd "$GUEST/over" && printf '%s\n' init over | cpio -o -H newc --quiet -R 0:0); } >"$GUEST/initramfs"
+    guest_initramfs_over "$GUEST/over" "$GUEST/initramfs"
     echo "$GUEST/initramfs"
 }
 

@@ -228,6 +228,11 @@ guest_make_initramfs() {
     rm -r "$tree"
 }
 
+# guest_initramfs_over TREE TO: the usual one, but what TREE has is as it is there.
+guest_initramfs_over() {
+    { cat "$GUEST_INITRAMFS"; (cd "$1" && find . -type f | cpio -o -H newc --quiet -R 0:0); } >"$2"
+}
+
 # A root without init: Debian's packages, and the kernel's modules for a guest that loads
 # them itself. The free space is for the agent.
 guest_make_base() {

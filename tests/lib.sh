@@ -229,7 +229,7 @@ INIT
         cat
     } >"$T/initramfs/init"
     chmod 755 "$T/initramfs/init"
-    { cat "$GUEST_INITRAMFS"; (cd "$T/initramfs" && echo init | cpio -o -H newc --quiet -R 0:0); } >"$1"
+    guest_initramfs_over "$T/initramfs" "$1"
 }
 
 new_guest() {
