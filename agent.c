@@ -6907,7 +6907,10 @@ struct worker {
     uint32_t       body_id, body_left;  /* of a body's frame that has come in part */
     unsigned       body_flags;
     bool           choked;          /* a body waits for `out` to get shorter */
+    char          *slots;           /* memory that the worker writes, too; NULL: there is none */
 };
+
+#define WORKER_SHARED_BYTES (WORKER_SLOTS_AT + WORKER_SLOTS * (size_t)WORKER_SLOT_BYTES)
 
 static struct worker *worker_of(struct runner *r)
 {
@@ -7297,6 +7300,21 @@ static void worker_on_body(struct worker *w, struct stream **at, struct span pay
         exchange_end(ex);
 }
 
+/* A slot is the worker's again as soon as its bytes are handed on. If it writes there before, it
+ * changes its own answer and nothing else: nobody looks twice at a body. */
+static void worker_on_slot(struct worker *w, struct stream **at, struct span payload, bool last)
+{
+    uint32_t slot = payload.n == 8 ? frame_u32(payload.p) : WORKER_SLOTS;
+    uint32_t n = payload.n == 8 ? frame_u32(payload.p + 4) : 0;
+
+    if (!w->slots || slot >= WORKER_SLOTS || n > WORKER_SLOT_BYTES) {
+        runner_break(&w->runner, "it sent a body of %u bytes in slot %u, which cannot be", n, slot);
+        return;
+    }
+    worker_on_body(w, at, (struct span){ w->slots + WORKER_SLOTS_AT + slot * (size_t)WORKER_SLOT_BYTES, n }, last);
+    __atomic_store_n(&w->slots[slot], 0, __ATOMIC_RELEASE);
+}
+
 static void stream_fail(struct stream **at, enum failure kind, struct span text, struct span traceback)
 {
     struct websocket *ws = (*at)->ws;
@@ -7357,6 +7375,9 @@ static void worker_on_stream(struct worker *w, uint32_t id, unsigned type, unsig
         break;
     case FRAME_RESPONSE_BODY:
         worker_on_body(w, at, payload, flags & FRAME_END);
+        break;
+    case FRAME_RESPONSE_SLOT:
+        worker_on_slot(w, at, payload, flags & FRAME_END);
         break;
     case FRAME_FAILURE:
         worker_on_failure(at, payload);
@@ -7541,6 +7562,8 @@ static void worker_bury(struct watch *watch)
     output_fini(&w->runner.output);
     buf_fini(&w->in);
     buf_fini(&w->out);
+    if (w->slots)
+        munmap(w->slots, WORKER_SHARED_BYTES);
     free(w);
 }
 
@@ -7596,12 +7619,30 @@ static const struct runner_kind worker_kind = {
     .read_rest = worker_read_rest, .fail_all = worker_fail_all, .free = worker_free,
 };
 
+/* Maps w->slots; returns their descriptor for the worker. It can neither cut nor extend them, so
+ * that we never look past their end (memfd_create(2), F_ADD_SEALS). -1 and errno. */
+static int worker_map_slots(struct worker *w)
+{
+    int fd = memfd_create("bodies", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    void *at = MAP_FAILED;
+
+    if (fd >= 0 && ftruncate(fd, WORKER_SHARED_BYTES) == 0
+        && fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0)
+        at = mmap(NULL, WORKER_SHARED_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (at == MAP_FAILED) {
+        fd_close(&fd);
+        return -1;
+    }
+    w->slots = at;
+    return fd;
+}
+
 /* Starts an interpreter with the shim. argv: interpreter, options, WORKER_SHIM. It comes to
  * on_warm, on_ready … and at its end always to on_gone. NULL and errno. */
 static struct runner *worker_start(const struct runner *base, const char *name, char *const *argv, char *const *envp)
 {
     struct worker *w = calloc(1, sizeof *w);
-    int ends[2] = { -1, -1 };
+    int ends[2] = { -1, -1 }, slots = -1;
 
     if (!w)
         return NULL;
@@ -7613,17 +7654,21 @@ static struct runner *worker_start(const struct runner *base, const char *name, 
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0)
         goto failed;
     w->channel.fd = ends[0];
+    if ((slots = worker_map_slots(w)) < 0)
+        log_errno("%s: no shared memory, long bodies go through its socket", name);
     for (int i = 0; i < 2; i++)         /* fewer turns for long bodies */
         setsockopt(ends[i], SOL_SOCKET, SO_SNDBUF, &(int){ WORKER_SOCKET_BYTES }, sizeof(int));
     if (fd_nonblock(ends[0]) < 0 || loop_want(base->loop, &w->channel, EPOLLIN) < 0
         || runner_start(&w->runner, name, &(struct spawn){ .argv = argv, .envp = envp,
-                        .fds = { -1, -1, -1, ends[1], -1 } }) < 0)
+                        .fds = { -1, -1, -1, ends[1], slots } }) < 0)
         goto failed;
     fd_close(&ends[1]);
+    fd_close(&slots);
     return &w->runner;
 failed:
     log_errno("%s: start", name);
     fd_close(&ends[1]);
+    fd_close(&slots);
     worker_free(&w->runner);
     return NULL;
 }

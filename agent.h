@@ -69,7 +69,12 @@
  * any other status is the answer to a client that is not let in.
  *
  * Flow control: a sender may have WORKER_CREDIT body bytes under way per stream and
- * direction; the receiver gives more with FRAME_WINDOW (u32 bytes) as it consumes. */
+ * direction; the receiver gives more with FRAME_WINDOW (u32 bytes) as it consumes.
+ *
+ * Long bodies of responses need not go through the socket. fd 4 of a Python worker is memory that
+ * both see: WORKER_SLOTS flags of a byte, then from WORKER_SLOTS_AT on as many slots. The worker sets
+ * a flag that is clear, fills the slot and says so in FRAME_RESPONSE_SLOT; the agent clears the flag
+ * once it has handed the bytes on. */
 #define FRAME_HEADER_BYTES  12
 
 enum frame_type {
@@ -94,6 +99,8 @@ enum frame_type {
     /* both */
     FRAME_TEXT           = 13,  /* piece of a WebSocket's message; END: its last. It takes its length */
     FRAME_BINARY         = 14,  /* and FRAME_HEADER_BYTES of the credit */
+    /* worker to agent */
+    FRAME_RESPONSE_SLOT  = 16,  /* u32 slot, u32 bytes: FRAME_RESPONSE_BODY of what lies there */
 };
 
 #define FRAME_END           0x01    /* flag: last frame of its direction */
@@ -172,6 +179,9 @@ enum frame_type {
 #define WORKER_FRAME_MAX    (256 << 10)     /* payload of one frame from a worker */
 #define WORKER_READ_BYTES   (128 << 10)     /* one read from a worker */
 #define WORKER_SOCKET_BYTES (512 << 10)     /* under way to and from it; the kernel's own limit may be less */
+#define WORKER_SLOTS        16              /* long bodies under way; more go through the socket */
+#define WORKER_SLOT_BYTES   WORKER_CREDIT
+#define WORKER_SLOTS_AT     4096            /* a page of flags, of which the first ones count */
 #define CONF_PREFIX_MAX     9               /* digits of the configuration's length */
 #define CONN_READ_BYTES     (64 << 10)      /* one read, and room kept in an input buffer */
 #define CONN_GREETING_MAX   64              /* the answer to CONNECT on a hybrid socket */

@@ -2,7 +2,8 @@
 
 Started by the agent as `python3 [-O|-OO] worker.py`, CPython 3.9 or later, standard library
 only. Environment: fd 3 is one end of a Unix stream socket that carries frames (agent.h has
-their layout and who may send what); fds 1 and 2 are the program's log; PYTHONPATH is honoured.
+their layout and who may send what); fd 4 is memory for long bodies, or closed; fds 1 and 2 are
+the program's log; PYTHONPATH is honoured.
 
     import asyncio ... HELLO       as much as can be done before the program is known
     CONFIGURE                      environment, paths, import, lifespan startup
@@ -20,7 +21,11 @@ import os
 import sys
 
 if __name__ == "__main__":
-    os.set_inheritable(3, False)        # before anything can fork and exec
+    for fd in 3, 4:                     # before anything can fork and exec
+        try:
+            os.set_inheritable(fd, False)
+        except OSError:
+            pass
     if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
         del sys.path[0]                 # programs must not import from our folder
 
@@ -45,13 +50,17 @@ import types
 
 HEADER = struct.Struct("<IIBBH")        # payload length, stream, type, flags, zero
 HEAD = struct.Struct("<HH")             # of a response: status, number of headers
+SLOT = struct.Struct("<II")             # of a body: which, its bytes
 CONFIGURE, REQUEST, REQUEST_BODY, DISCONNECT, SHUTDOWN, WINDOW = range(1, 7)
-HELLO, READY, START_FAILED, RESPONSE_HEAD, RESPONSE_BODY, FAILURE, TEXT, BINARY, CLOSE = range(7, 16)
+(HELLO, READY, START_FAILED, RESPONSE_HEAD, RESPONSE_BODY, FAILURE, TEXT, BINARY, CLOSE,
+ RESPONSE_SLOT) = range(7, 17)
 END = 0x01                              # flag: last frame of its direction
 
 CREDIT = 192 << 10                      # body bytes under way per stream and direction
 PIECE = 192 << 10                       # most body bytes in one frame
 READ = 128 << 10                        # one read
+SLOTS, SLOTS_AT, SLOT_BYTES = 16, 4096, PIECE   # of the memory that the agent sees, too
+SLOT_LEAST = 16 << 10                   # body bytes that are worth one
 TURNS = 4                               # of a busy loop, at most, from one look for events to the next
 LONG, PIECES = 64 << 10, 256            # what is longer goes out without a copy, so many at once
 SWITCHING = 101                         # the status that accepts a WebSocket
@@ -61,7 +70,8 @@ HEADS_KEPT, HEAD_KEPT_MAX = 64, 1 << 10     # heads that may be used again, and 
 MESSAGE_MAX, DETAILS_MAX = 4 << 10, 24 << 10    # characters of an error; the agent keeps less
 MSGPACK_DEPTH = 60                      # of an event's reply; the agent reads 64
 THREADS = 32                            # WSGI requests at once
-GATHER_S = 0.0005                       # how long a response waits for others to leave with it
+GATHER_S, GATHER = 0.0005, 256 << 10    # how long a response waits for others to leave with it, and
+                                        # with how many body bytes at most
 LINGER_S = 0.0005                       # a call that lasts so long after its response may block, too
 DRAIN_S = 1.0                           # what a shutdown gives requests in flight
 EXIT_S = 1.0                            # and then the program's tasks, threads, atexit functions
@@ -199,7 +209,8 @@ class Channel:
         self.view = memoryview(bytearray(READ))     # of what was read, up to `have`, frames up to
         self.at = self.have = 0                     # `at` are handled or, but in on_readable, gone
         self.out = []                   # frames, headers and payloads
-        self.size = 0                   # of their payloads, since the last flush
+        self.size = self.laid = 0       # since the last flush: bytes of payloads, of bodies in slots
+        self.slots = None               # an mmap, once map_slots() has found one
         self.flushing = self.forked = self.full = False
         self.flushed_at = 0.0
         self.loop = self.selector = self.on_frame = self.on_end = None
@@ -212,6 +223,15 @@ class Channel:
         self.sock.close()
         if self.loop is not None:
             self.loop.call_soon(leave, 0)
+
+    def map_slots(self):
+        """Find the memory for long bodies."""
+        try:
+            import mmap                 # not before HELLO: it is a file to be loaded
+            self.slots = mmap.mmap(4, SLOTS_AT + SLOTS * SLOT_BYTES)
+            os.close(4)
+        except (ImportError, OSError, ValueError):
+            pass                        # there is none
 
     def say(self, kind, payload=b""):
         """Write a frame of stream 0 now, blocking: before and outside the loop."""
@@ -287,6 +307,19 @@ class Channel:
             self.flushing = True
             self.loop.call_soon(self.flush)
 
+    def put_body(self, stream, body, flags=0):
+        """Of a response; a long one in the first slot that is free, which the caches know best."""
+        size = len(body)
+        if SLOT_LEAST <= size <= SLOT_BYTES and self.slots is not None:
+            slot = self.slots.find(b"\0", 0, SLOTS)
+            if slot >= 0:
+                at = SLOTS_AT + slot * SLOT_BYTES
+                self.slots[slot] = 1
+                self.slots[at:at + size] = body
+                self.laid += size
+                return self.put(stream, RESPONSE_SLOT, SLOT.pack(slot, size), flags)
+        self.put(stream, RESPONSE_BODY, body, flags)
+
     def flush(self, now=None):
         self.flushing = False
         if self.full or not self.out:
@@ -294,7 +327,7 @@ class Channel:
         self.flushed_at = now or time.monotonic()
         if self.size < LONG:            # a copy is cheaper than many pieces
             self.out[:] = (b"".join(self.out),)
-        self.size = 0
+        self.size = self.laid = 0
         if not self.write():
             self.full = True
             self.loop.add_writer(self.sock.fileno(), self.on_writable)
@@ -459,7 +492,7 @@ class Exchange:
 
     def close(self, data):
         """The last bytes and the end of the response."""
-        self.worker.put(self.stream, RESPONSE_BODY, data, END)
+        self.worker.put_body(self.stream, data, END)
         self.closed()
 
     def fail(self, message, details=""):
@@ -540,13 +573,14 @@ class Exchange:
             self.credit -= len(body)
             if message.get("more_body", False):
                 if body:
-                    self.worker.put(self.stream, RESPONSE_BODY, body)
+                    self.worker.put_body(self.stream, body)
                 await next_turn()       # the bytes leave before the program goes on, or blocks
             else:
                 self.close(body)
                 worker = self.worker
                 channel = worker.channel
                 if (not worker.exchanges and channel.at == channel.have
+                        or channel.size + channel.laid >= GATHER
                         or self.closed_at - channel.flushed_at > GATHER_S):
                     channel.flush(self.closed_at)
                 elif worker.lingers:
@@ -562,7 +596,7 @@ class Exchange:
                 piece = body[at:at + min(self.credit, PIECE)]
                 at += len(piece)
                 self.credit -= len(piece)
-                self.worker.put(self.stream, RESPONSE_BODY, piece)
+                self.worker.put_body(self.stream, piece)
             else:
                 await self.wait()
                 self.check_open(kind)
@@ -896,7 +930,7 @@ class WsgiExchange(Exchange):
         if ended:
             self.close(data)
         elif data:
-            self.worker.put(self.stream, RESPONSE_BODY, data)
+            self.worker.put_body(self.stream, data)
 
     # -- in the thread
 
@@ -1288,7 +1322,7 @@ else:
 class Worker:
     def __init__(self, channel):
         self.channel = channel
-        self.put = channel.put
+        self.put, self.put_body = channel.put, channel.put_body
         self.exchanges = {}             # open streams, by number
         self.running = set()            # calls that have not returned, some past their response
         self.state = {}                 # lifespan state, copied for each request
@@ -1427,6 +1461,7 @@ def main():
         faulthandler.enable()           # a crash in C leaves the Python stack in the log
     channel = Channel(socket.socket(fileno=3))
     channel.say(HELLO)
+    channel.map_slots()
     warmed = warm(channel.sock)
     kind, payload = channel.wait_for_frame()
     if kind != CONFIGURE:

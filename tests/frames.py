@@ -13,7 +13,8 @@ import urllib.parse
 from http_raw import (CONSOLE, HOST, SANITIZED, Client, Ended, ask, console_since, descriptors, equal, expect, get, main,
                       report, rss_kib, settled, unfold)
 
-RESPONSE_HEAD, RESPONSE_BODY, FAILURE, WINDOW = 10, 11, 12, 6
+RESPONSE_HEAD, RESPONSE_BODY, FAILURE, WINDOW, RESPONSE_SLOT = 10, 11, 12, 6, 16
+SLOTS, SLOT_BYTES = 16, 192 << 10
 HEAD = struct.pack("<HH", 200, 0)           # of a response without fields
 
 
@@ -121,9 +122,9 @@ def group_streams():
                "request 2147483647, which is not open")
     deadly("83 the last stream there can be", frames(frame(RESPONSE_HEAD, HEAD, 0xffffffff)), "which is not open")
     deadly("83 a stream that has finished", frames(frame(RESPONSE_BODY, b"x", 1)), "request 1, which is not open")
-    for kind in (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 255):
+    for kind in (0, 1, 2, 3, 4, 5, 7, 8, 9, 17, 255):
         deadly("83 type %d on its own stream" % kind, frames(frame(kind)), "frame of unknown type %d" % kind)
-    for kind in (0, 5, 6, 7, 8, 9, 10, 11, 12, 255):
+    for kind in (0, 5, 6, 7, 8, 9, 10, 11, 12, 16, 255):
         deadly("83 type %d on stream 0" % kind, frames(frame(kind, b"", 0)), "frame of type %d out of turn" % kind)
     # A program that answers another's request harms only its own: that one is answered so.
     before, at = pid(), os.path.getsize(CONSOLE)
@@ -199,6 +200,31 @@ def group_order():
     harmless("84 a failure without text", frames(frame(FAILURE)), 500, b"")
     harmless("84 a failure of 256 KiB", frames(frame(FAILURE, "x%d" % (256 << 10))), 500, b"^pppp")
     harmless("84 a failure after the head", frames(frame(RESPONSE_HEAD, HEAD), frame(FAILURE, b"late")), None, b"")
+
+
+def group_slots():
+    """85: the memory for long bodies, which the program can write, too."""
+    slot = lambda number, size: struct.pack("<II", number, size)
+    for name, payload in (
+            ("slot %d" % SLOTS, slot(SLOTS, 1)), ("slot 4294967295", slot(0xffffffff, 1)),
+            ("a byte more than fits", slot(0, SLOT_BYTES + 1)), ("4 GiB", slot(SLOTS - 1, 0xffffffff)),
+            ("no payload", b""), ("7 bytes of payload", slot(0, 1)[:7]), ("9 bytes of payload", slot(0, 1) + b"x")):
+        deadly("85 a body in %s" % name, frames(frame(RESPONSE_SLOT, payload)), r"a body of \d+ bytes in slot \d+, which cannot be")
+    deadly("85 a body in a slot, before its head", frames(frame(RESPONSE_SLOT, slot(0, 1))), "a body before its head")
+    before, at = pid(), os.path.getsize(CONSOLE)
+    with Client() as client:                # one that does not read gives no credit back
+        client.send(get(HOST, target=frames(frame(RESPONSE_HEAD, HEAD), *[frame(RESPONSE_SLOT, slot(0, SLOT_BYTES))] * 16).encode()))
+        replaced("85 more than its credit in slots", before, at, "than it had credit for")
+    harmless("85 a slot that nobody has filled", frames(frame(RESPONSE_HEAD, HEAD), frame(RESPONSE_SLOT, slot(9, 5), flags=1)),
+             200, b"^\\0{5}$")
+    for target, size in ((b"/bytes", 4), (b"/scribble/30000", 30000), (b"/scribble/190000", 190000), (b"/scribble/1000000", 1000000)):
+        for _ in range(10):
+            answer = ask(target.decode())
+            equal("85 %s: its length is right" % target.decode(), (200, size), (answer.status, len(answer.body)))
+    equal("85 memory that is to change its size", b"Operation not permitted, Operation not permitted, Operation not permitted, hole: 0",
+          ask("/resize").body)
+    answer = ask("/scribble/190000")
+    equal("85 memory with a hole", (200, 190000), (answer.status, len(answer.body)))
 
 
 def group_channel():

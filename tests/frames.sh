@@ -16,7 +16,7 @@ ns_start --limit backoff_ms=1 --limit backoff_max_ms=20 --limit response_head_ms
 configure "$APPS/frames" main:app
 http /frames?f=own,12,0,0,,x262144 >/dev/null       # buffers have their size in the baseline
 baseline
-for group in sizes streams order channel unread; do
+for group in sizes streams order slots channel unread; do
     drive "$group"
 done
 

@@ -228,6 +228,8 @@ static void step(struct bench *b, struct fuzz *f)
     }
 }
 
+static char bodies[WORKER_SHARED_BYTES];
+
 /* The same worker's frames for an instruction of the supervisor's wire: one map comes of it. */
 static void answer_instruction(struct fuzz f, bool event)
 {
@@ -245,7 +247,7 @@ static void answer_instruction(struct fuzz f, bool event)
     program_init(&p, &l, &children);
     *w = (struct worker){ .runner = { .kind = &worker_kind, .loop = &l, .children = &children, .owner = &life,
                                       .state = RUNNER_READY, .child = { .name = "fuzz" } }, .next_id = 1,
-                          .channel = { .fd = -1, .on_event = worker_on_event } };
+                          .channel = { .fd = -1, .on_event = worker_on_event }, .slots = bodies };
     w->runner.output.watch.fd = -1;
     p.places->runner = &w->runner;
     p.places->state = PLACE_SERVING;
@@ -296,6 +298,7 @@ static void fuzz_seed(unsigned which, struct buf *out)
         { FRAME_RESPONSE_HEAD, 0, "\xc8\0\1\0a\0b\0", 8 }, { FRAME_RESPONSE_BODY, 0, "body", 4 },
         { FRAME_WINDOW, 0, "\1\0\0\0", 4 }, { FRAME_RESPONSE_BODY, FRAME_END, "\x81\xa1""a\xc0", 4 },
         { FRAME_FAILURE, 0, "text\0trace", 10 }, { FRAME_HELLO, 0, "", 0 },
+        { FRAME_RESPONSE_SLOT, 0, "\2\0\0\0\x9\0\0\0", 8 },
     };
 
     buf_add_byte(out, (unsigned char)which);
@@ -328,7 +331,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     *w = (struct worker){ .runner = { .kind = &worker_kind, .loop = &b.loop, .children = &b.children, .owner = &life,
                                       .state = mode & 4 ? RUNNER_BOOTING : RUNNER_READY, .child = { .name = "fuzz" } },
                           .next_id = mode & 0x40 ? UINT32_MAX : 1,
-                          .channel = { .fd = -1, .on_event = worker_on_event } };
+                          .channel = { .fd = -1, .on_event = worker_on_event }, .slots = bodies };
     w->runner.output.watch.fd = -1;
     while (f.n > 0)
         step(&b, &f);

@@ -6,6 +6,7 @@ Prints `ok NAME` or `FAIL NAME: why` for each check; exits 1 if one failed.
 import hashlib
 import json
 import marshal
+import mmap
 import os
 import re
 import select
@@ -20,8 +21,9 @@ import traceback
 
 PYTHON, WORKER, APPS = sys.argv[1:4]
 CONFIGURE, REQUEST, BODY, DISCONNECT, SHUTDOWN, WINDOW = range(1, 7)
-HELLO, READY, START_FAILED, HEAD, RESPONSE, FAILURE, TEXT, BINARY, CLOSE = range(7, 16)
+HELLO, READY, START_FAILED, HEAD, RESPONSE, FAILURE, TEXT, BINARY, CLOSE, SLOT = range(7, 17)
 END, CREDIT, PIECE, FRAME_MAX = 1, 196608, 196608, 262144
+SLOTS, SLOTS_AT, SLOT_LEAST = 16, 4096, 16384
 OWN_FILE = os.path.basename(WORKER)
 PATIENCE_S = 10
 SHARES = 3                              # processes that run the checks
@@ -40,6 +42,7 @@ class Stream:
         self.status = self.headers = self.failure = self.details = None
         self.body = bytearray()
         self.frames = []                # sizes of the body frames
+        self.slots = []                 # where those were that lay in one
         self.messages = []              # of a WebSocket, the last (CLOSE, code, reason)
         self.piece_kind = None          # of a message under way
         self.closed = False
@@ -59,28 +62,42 @@ def parts(scope):
 
 class Agent:
     """One worker process and our end of its socket. Every frame that the worker may not
-    send is an error, raised where it is read."""
+    send is an error, raised where it is read. Slots are clear again if it clears them; None: the
+    worker gets no memory for long bodies."""
 
-    def __init__(self, folder, entry="main:app", drip=False, refill=True, flags=(), env=None,
+    def __init__(self, folder, entry="main:app", drip=False, refill=True, clears=True, flags=(), env=None,
                  exec_env=None, start=True, **conf):
-        self.drip, self.refill = drip, refill
+        self.drip, self.refill, self.clears = drip, refill, clears
         self.streams, self.last, self.data = {}, 0, b""
         self.hello = self.ready = self.ended = False
         self.held = None
         self.start_error = None
         self.sock, other = socket.socketpair()
+        memory = os.memfd_create("bodies")
+        os.ftruncate(memory, SLOTS_AT + SLOTS * PIECE)
+        self.memory = mmap.mmap(memory, 0)
         self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [PYTHON, *flags, WORKER], stdin=subprocess.DEVNULL, stdout=self.out, stderr=self.err,
-            env=dict(environment, **(exec_env or {})), pass_fds=(3,),
-            preexec_fn=lambda: os.dup2(other.fileno(), 3))
+            env=dict(environment, **(exec_env or {})), pass_fds=(3, 4),
+            preexec_fn=lambda: self.give(other.fileno(), memory))
         other.close()
+        os.close(memory)
         self.conf = dict(entry=entry, code=None, path=[], env=env or {}, lifespan_s=5.0,
                          dir=folder if folder.startswith("/") else os.path.join(APPS, folder))
         self.conf.update(conf)
         self.until(lambda: self.hello)
         if start:
             self.configure()
+
+    def give(self, channel, memory):
+        """In the child: as fds 3 and 4."""
+        memory = os.dup(os.dup(memory))     # past both
+        os.dup2(channel, 3)
+        if self.clears is None:
+            os.closerange(4, 5)
+        else:
+            os.dup2(memory, 4)
 
     def configure(self):
         self.frame(0, CONFIGURE, marshal.dumps(self.conf, 2))
@@ -99,6 +116,7 @@ class Agent:
                     pass
             self.process.kill()
         self.process.wait()
+        self.memory.close()
         self.out.close(), self.err.close()
 
     # -- frames
@@ -167,6 +185,8 @@ class Agent:
         assert number in self.streams, "frame %d for unknown stream %d" % (kind, number)
         stream = self.streams[number]
         assert not stream.closed, "frame %d for closed stream %d" % (kind, number)
+        if kind == SLOT:
+            kind, payload = RESPONSE, self.take(stream, *struct.unpack("<II", payload))
         if kind == HEAD:
             assert flags == 0 and stream.status is None and not stream.event, "a second head"
             stream.status, count = struct.unpack_from("<HH", payload)
@@ -207,6 +227,17 @@ class Agent:
             assert stream.window <= CREDIT, "more credit than was used"
         else:
             raise AssertionError("frame %d from the worker" % kind)
+
+    def take(self, stream, slot, size):
+        """What lies in a slot."""
+        assert slot < SLOTS and SLOT_LEAST <= size <= PIECE, "%d bytes in slot %d" % (size, slot)
+        assert self.memory[slot] == 1, "slot %d is clear" % slot
+        stream.slots.append(slot)
+        at = SLOTS_AT + slot * PIECE
+        data = self.memory[at:at + size]
+        if self.clears:
+            self.memory[slot] = 0
+        return data
 
     def allow(self, number, count):
         self.streams[number].may_send += count
@@ -599,6 +630,34 @@ def response_of_exactly_the_credit():
         equal(agent.get("/bytes/%d" % CREDIT).frames, [CREDIT])
         equal(sum(agent.get("/stream/4/%d" % (CREDIT // 4)).frames), CREDIT)
         equal(agent.get("/bytes/0").frames, [0])
+
+
+@check
+def long_bodies_lie_in_slots():
+    with Agent("echo") as agent:
+        for size, slots in ((SLOT_LEAST - 1, []), (SLOT_LEAST, [0]), (PIECE, [0]), (PIECE + 1, [0]), (2 * PIECE, [0, 0])):
+            stream = agent.get("/bytes/%d" % size)
+            equal((size, len(stream.body), stream.slots), (size, size, slots))
+        equal(agent.memory[:SLOTS_AT], bytes(SLOTS_AT))
+
+
+@check
+def without_slots_that_are_clear_bodies_are_frames():
+    with Agent("echo", clears=False) as agent:
+        for number in range(SLOTS + 2):
+            stream = agent.get("/bytes/50000")
+            equal((len(stream.body), stream.slots), (50000, [number] if number < SLOTS else []))
+        agent.memory[7] = 0
+        equal(agent.get("/bytes/50000").slots, [7])
+        equal(agent.memory[:SLOTS_AT], b"\1" * SLOTS + bytes(SLOTS_AT - SLOTS))
+
+
+@check
+def without_memory_for_long_bodies():
+    with Agent("echo", clears=None) as agent:
+        stream = agent.get("/bytes/50000")
+        equal((len(stream.body), stream.slots), (50000, []))
+        equal(len(agent.get("/stream/50/63000").body), 50 * 63000)
 
 
 @check

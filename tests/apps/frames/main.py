@@ -8,9 +8,13 @@
                    `other` for the oldest other request; the length may be left out; the
                    payload is hex, or xN for N bytes
   /flood/SECONDS   credit of no bytes, as fast as it goes, from a thread
+  /resize          tries to cut and to extend the memory for long bodies, and says how that went
+  /scribble/N      N bytes, while a thread writes to that memory
   /DEED            one of the deeds below
 """
 import asyncio
+import ctypes
+import mmap
 import os
 import socket
 import struct
@@ -40,6 +44,15 @@ async def app(scope, receive, send):
         elif name == "flood":
             await asyncio.get_running_loop().run_in_executor(None, flood, stream, float(args[0]))
             await answer(send, b"flooded")
+        elif name == "resize":
+            await answer(send, resize())
+        elif name == "scribble":
+            stop = threading.Event()
+            thread = threading.Thread(target=scribble, args=[stop])
+            thread.start()
+            await answer(send, b"s" * int(args[0]))
+            stop.set()
+            thread.join()
         else:
             await answer(send, b"%d" % os.getpid() if name == "pid" else b"well")
     finally:
@@ -97,6 +110,38 @@ def flood(stream, seconds):
             os.write(3, data)           # that frames which the loop's thread writes stay whole
         except BlockingIOError:
             time.sleep(0.001)
+
+
+# ---- The memory for long bodies ----
+
+def memory():
+    """A descriptor of it."""
+    return next(int(fd) for fd in os.listdir("/proc/self/fd")
+                if os.readlink("/proc/self/fd/" + fd).startswith("/memfd:bodies"))
+
+
+def resize():
+    """What is left of it afterwards is a hole."""
+    said, fd = [], memory()
+    size = os.fstat(fd).st_size
+    for other in (0, size - 1, size + 1):
+        try:
+            os.ftruncate(fd, other)
+            said.append("%d bytes" % other)
+        except OSError as exc:
+            said.append(exc.strerror)
+    hole = ctypes.CDLL(None, use_errno=True).fallocate
+    hole.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+    said.append("hole: %d" % hole(fd, 3, 0, size))      # PUNCH_HOLE, KEEP_SIZE
+    return ", ".join(said).encode()
+
+
+def scribble(stop):
+    """Its bytes, and the flags of the slots, too."""
+    with mmap.mmap(memory(), 0) as all:
+        while not stop.is_set():
+            all[0:16] = os.urandom(16)
+            all[4096:4096 + 300000] = os.urandom(300000)
 
 
 # ---- Deeds ----
