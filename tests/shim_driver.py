@@ -92,10 +92,9 @@ class Agent:
 
     def give(self, channel, memory):
         """In the child: as fds 3 and 4."""
-        memory = os.dup(os.dup(memory))     # past both
         os.dup2(channel, 3)
         if self.clears is None:
-            os.closerange(4, 5)
+            os.close(4)
         else:
             os.dup2(memory, 4)
 
@@ -1671,11 +1670,11 @@ def pipeline(agent, at_once, seconds=2.0):
     to_send = at_once
     header = struct.Struct("<IIBBH")
     while time.monotonic() - begun < seconds:
-        parts = []
+        frames = []
         for _ in range(to_send):
             number += 1
-            parts.append(header.pack(len(payload), number, REQUEST, END, 0) + payload)
-        agent.sock.sendall(b"".join(parts))
+            frames.append(header.pack(len(payload), number, REQUEST, END, 0) + payload)
+        agent.sock.sendall(b"".join(frames))
         to_send = 0
         data = rest + agent.sock.recv(1 << 18)
         at = 0
@@ -1708,7 +1707,8 @@ def run(functions):
 
 
 def main():
-    os.dup2(os.open("/dev/null", os.O_RDONLY), 3)       # so that no socket of ours is fd 3
+    for fd in 3, 4:                     # so that nothing of ours is there
+        os.dup2(os.open("/dev/null", os.O_RDONLY), fd)
     names = sys.argv[4:]
     if names == ["bench"]:
         return bench()
