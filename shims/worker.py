@@ -70,7 +70,7 @@ HEADS_KEPT, HEAD_KEPT_MAX = 64, 1 << 10     # heads that may be used again, and 
 MESSAGE_MAX, DETAILS_MAX = 4 << 10, 24 << 10    # characters of an error; the agent keeps less
 MSGPACK_DEPTH = 60                      # of an event's reply; the agent reads 64
 THREADS = 32                            # WSGI requests at once
-GATHER_S, GATHER = 0.0005, 256 << 10    # how long a response waits for others to leave with it, and
+GATHER_S, GATHER = 0.0001, 256 << 10    # how long a response waits for others to leave with it, and
                                         # with how many body bytes at most
 LINGER_S = 0.0005                       # a call that lasts so long after its response may block, too
 DRAIN_S = 1.0                           # what a shutdown gives requests in flight
