@@ -127,7 +127,7 @@ image_sdk() {
     grep -E "#.* $version( |\$)" "$GUEST_ROOT/runtimes/sdk" >"$to.txt"
     python3 -m pip install --quiet --disable-pip-version-check --retries 1 --no-deps --no-compile --require-hashes \
         --only-binary :all: --implementation cp --python-version "$2" --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 \
-        --target "$to" -r "$to.txt" >&2 || { rm -rf "$to"; return 1; }
+        --target "$to" -r "$to.txt" >&2 || { rm -rf "$to" "$to.txt"; return 1; }
     rm -rf "$to.txt" "$to/bin"
 }
 
@@ -173,8 +173,8 @@ image_locale() {
 image_instance() {
     local root=$1 units=$1/etc/systemd/system unit
     mkdir -p "$root/etc/cloud/cloud.cfg.d"
-    # A host names the link by its driver, which ifupdown, where cloud-init finds one, does not understand.
-    printf '%s\n' 'datasource_list: [NoCloud, None]' 'system_info: {network: {renderers: [netplan]}}' \
+    # A host names the link by its driver, which ifupdown does not understand: it is for trees without netplan.
+    printf '%s\n' 'datasource_list: [NoCloud, None]' 'system_info: {network: {renderers: [netplan, eni]}}' \
         >"$root/etc/cloud/cloud.cfg.d/90_instance.cfg"
     echo '/dev/root / auto defaults 0 0' >"$root/etc/fstab"
     # netplan would enable it too late for the first boot; and what waits for all links would wait in vain.
@@ -471,7 +471,7 @@ image_source() {
     curl -fsIL --connect-timeout 20 -o /dev/null "$mirror/dists/$SUITE/InRelease" ||
         die "$mirror does not have $SUITE, or there is no network: --mirror ADDRESS names another, --base TARBALL starts from a root file system"
     if [ "$SDK" ]; then
-        sdk=$IMAGE_CACHE/sdk-$SDK-$(guest_hash runtimes/sdk)
+        sdk=$IMAGE_CACHE/sdk-$SDK-$(declare -f image_sdk | guest_hash - runtimes/sdk)
         (GUEST_CACHE=$IMAGE_CACHE guest_once "$sdk" image_sdk "$SDK") ||
             { sdk=''; say 'the Python index does not give the SDK: the image is made without it' >&2; }
     fi
