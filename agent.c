@@ -6906,7 +6906,6 @@ struct worker {
     uint32_t       next_id;
     uint32_t       body_id, body_left;  /* of a body's frame that has come in part */
     unsigned       body_flags;
-    unsigned       gathered;        /* requests in `out` that came in this turn */
     bool           choked;          /* a body waits for `out` to get shorter */
     char          *slots;           /* memory that the worker writes, too; NULL: there is none */
 };
@@ -7206,17 +7205,6 @@ static const struct backend worker_backend = {
     .room = stream_room, .body = stream_body, .consumed = stream_consumed, .cancel = stream_cancel,
 };
 
-/* A turn of the loop can take many requests: the worker begins with the first ones meanwhile. What it
- * does not take now, and errors, are for the flush at the turn's end. */
-static void worker_gather(struct worker *w)
-{
-    if (++w->gathered < WORKER_GATHER)
-        return;
-    w->gathered = 0;
-    ssize_t n = send(w->channel.fd, buf_at(&w->out), w->out.len, MSG_NOSIGNAL);
-    buf_drop(&w->out, n > 0 ? (size_t)n : 0);
-}
-
 /* Sends the request on; body bytes may follow at once. -1: no memory. */
 static int worker_request(struct worker *w, struct exchange *ex, const char *accept)
 {
@@ -7245,7 +7233,6 @@ static int worker_request(struct worker *w, struct exchange *ex, const char *acc
     ex->stream = s;
     ex->may_upgrade = false;
     request_fini(&ex->request);
-    worker_gather(w);
     return 0;
 }
 
@@ -7534,7 +7521,6 @@ static bool worker_read(struct worker *w)
 
 static void worker_flush(struct worker *w)
 {
-    w->gathered = 0;
     if (w->out.failed) {            /* a frame is missing in the middle: nothing after it makes sense */
         runner_break(&w->runner, "no memory for frames to it");
         return;
