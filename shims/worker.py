@@ -386,10 +386,11 @@ def head_payload(status, headers, least=200):
     """What make_head makes: most heads are like one before."""
     key = status, tuple(headers), least
     try:
-        if key in heads:
-            return heads[key]
+        payload = heads.get(key)
     except TypeError:                   # headers that are lists
         return make_head(*key)
+    if payload is not None:
+        return payload
     payload = make_head(*key)
     if len(payload) <= HEAD_KEPT_MAX:
         if len(heads) == HEADS_KEPT:
