@@ -63,7 +63,7 @@
  *
  * Stream 0 is the worker itself. The agent numbers exchanges from 1 upward; each is
  * opened by FRAME_REQUEST and closed by the worker with exactly one of
- * FRAME_RESPONSE_BODY + FRAME_END or FRAME_FAILURE, also after FRAME_DISCONNECT, which
+ * FRAME_RESPONSE_BODY or _SLOT + FRAME_END or FRAME_FAILURE, also after FRAME_DISCONNECT, which
  * the worker answers at once. A frame for a stream that is not open is a protocol error.
  * A WebSocket is a FRAME_REQUEST whose scope says so; FRAME_RESPONSE_HEAD with 101 accepts it,
  * any other status is the answer to a client that is not let in.
