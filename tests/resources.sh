@@ -117,22 +117,29 @@ full_folders() {
 
 # ---- 80: entropy ------------------------------------------------------------------------------------
 
-entropy() {
-    local real=$AGENT tracer curl_pid folder=$T/$((STARTS + 1)) inner=$GUEST_ROOT/out/agent
+# traced_start CALL ERROR OPTION…: init, where init and all that it starts get this error from the call.
+traced_start() {
+    local real=$AGENT call=$1 error=$2 folder=$T/$((STARTS + 1)) inner=$GUEST_ROOT/out/agent
+    shift 2
     ! is_sanitized || inner=$GUEST_ROOT/out/debug/agent     # $T may be out of the namespace's sight
-    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=guest \
-        -addext subjectAltName=DNS:guest -keyout "$T/key.pem" -out "$T/cert.pem" 2>/dev/null
-    # Init and all that it starts get no random bytes, as early in a boot (random(4)).
     cat >"$T/traced" <<END
 #!/bin/sh
 export ASAN_OPTIONS=detect_leaks=0      # which uses ptrace(2) itself
-exec strace -I 1 -D -f -qq -o $folder/strace -e trace=getrandom -e inject=getrandom:error=EAGAIN $inner "\$@"
+exec strace -I 1 -D -f -qq -o $folder/strace -e trace=$call -e inject=$call:error=$error $inner "\$@"
 END
     chmod 755 "$T/traced"
     AGENT=$T/traced
-    NS_PREPARE='ulimit -c 0' ns_start --http "tls+unix:$folder/tls.sock" --tls-cert "$folder/cert.pem" --tls-key "$folder/key.pem"
-    cp "$T/cert.pem" "$T/key.pem" "$folder"     # read when there are random bytes
+    NS_PREPARE='ulimit -c 0' ns_start "$@"
     AGENT=$real
+}
+
+entropy() {
+    local tracer curl_pid folder=$T/$((STARTS + 1))
+    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=guest \
+        -addext subjectAltName=DNS:guest -keyout "$T/key.pem" -out "$T/cert.pem" 2>/dev/null
+    # As early in a boot (random(4)).
+    traced_start getrandom EAGAIN --http "tls+unix:$folder/tls.sock" --tls-cert "$folder/cert.pem" --tls-key "$folder/key.pem"
+    cp "$T/cert.pem" "$T/key.pem" "$folder"     # read when there are random bytes
     pass '80: no entropy: ready is said'
     assert_console_has '80: no entropy: TLS says why it waits' 'tls: the kernel has no random bytes yet: nobody is served by TLS'
     check '80: no entropy: a configuration' configure "$APPS/hello" main:app
@@ -150,7 +157,17 @@ END
     stop
 }
 
+# ---- a kernel without memfd_create(2) ---------------------------------------------------------------
+
+no_memfd() {
+    traced_start memfd_create ENOSYS
+    check 'no memfd: a configuration' configure "$APPS/echo" main:app
+    assert_console_has 'no memfd: what is missing is said' 'no shared memory, long bodies go through its socket: Function not implemented'
+    check_eq 'no memfd: a long body' 100000 "$(http /bytes/100000 | wc -c)"
+    stop
+}
+
 # Time-outs of the shims must not hang on a clock that is set.
 check '78: no shim looks at the wall clock' not grep -nE '\btime\.time\b|\bdatetime\.|\bDate\.now|new Date\b' "$GUEST_ROOT"/shims/*.*
 
-for part in ${*:-descriptors console full_folders entropy}; do "$part"; done
+for part in ${*:-descriptors console full_folders entropy no_memfd}; do "$part"; done
