@@ -218,8 +218,8 @@ class Channel:
         os.register_at_fork(after_in_child=self.on_fork)
 
     def on_fork(self):
-        """In a child that the program forks: neither the channel nor our loop is its own."""
-        self.forked, self.readable = True, None
+        """In a child that the program forks: neither channel and slots nor our loop are its own."""
+        self.forked, self.readable, self.slots = True, None, None
         self.sock.close()
         if self.loop is not None:
             self.loop.call_soon(leave, 0)

@@ -1207,6 +1207,24 @@ async def app(scope, receive, send):
 
 
 @check
+def a_forked_child_takes_no_slot():
+    with plain("""
+import os
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        raise NotImplementedError
+    child = os.fork()
+    await send({"type": "http.response.start", "status": 200})
+    if child:
+        os.waitpid(child, 0)
+    await send({"type": "http.response.body", "body": (b"p" if child else b"c") * 50000})
+""", clears=False) as agent:
+        for number in range(3):
+            stream = agent.get("/")
+            equal((stream.body == b"p" * 50000, stream.slots), (True, [number]))
+
+
+@check
 def a_forked_child_of_a_wsgi_thread():
     with Agent("kinds", "main:wsgi") as agent:
         child = int(agent.text("/fork"))
