@@ -205,8 +205,8 @@ deaths() {
     check '35 listens late on a restart: configured' upstream --env STARTS="$GUEST/starts" --env LATE=2
     http /hello >/dev/null
     side '{"script": "die", "steps": [["exit", 5]]}' >/dev/null
+    start=$(ms)                                         # its two seconds begin before we hear of its end
     http /play/die >/dev/null
-    start=$(ms)
     check_eq '35 listens late on a restart: a request waits' hello "$(http /hello)"
     check '35 listens late on a restart: it did wait' test $(($(ms) - start)) -ge 1500
     check_eq '35 listens late on a restart: it was started twice' 2 "$(wc -l <"$GUEST/starts")"
