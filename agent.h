@@ -94,13 +94,12 @@ enum frame_type {
     FRAME_START_FAILED   = 9,   /* stream 0: message NUL traceback; the worker exits after */
     FRAME_RESPONSE_HEAD  = 10,  /* u16 status, u16 n, then n times name NUL value NUL */
     FRAME_RESPONSE_BODY  = 11,  /* body bytes; END: the response is complete */
+    FRAME_RESPONSE_SLOT  = 16,  /* u32 slot, u32 bytes: FRAME_RESPONSE_BODY of what lies there */
     FRAME_FAILURE        = 12,  /* message NUL traceback: the program raised before the end */
     FRAME_CLOSE          = 15,  /* u16 code, reason: the program ends a WebSocket, and with it the stream */
     /* both */
     FRAME_TEXT           = 13,  /* piece of a WebSocket's message; END: its last. It takes its length */
     FRAME_BINARY         = 14,  /* and FRAME_HEADER_BYTES of the credit */
-    /* worker to agent */
-    FRAME_RESPONSE_SLOT  = 16,  /* u32 slot, u32 bytes: FRAME_RESPONSE_BODY of what lies there */
 };
 
 #define FRAME_END           0x01    /* flag: last frame of its direction */

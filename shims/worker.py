@@ -1058,12 +1058,13 @@ class WsgiExchange(Exchange):
 
 # ---- Loading the program ---------------------------------------------------------------
 
-def warm(sock):
-    """While no configuration is there, import what most frameworks import (a quarter of
-    their start); the names of the modules that this loaded."""
+def warm(channel):
+    """Map the slots and, while no configuration is there, import what most frameworks import (a
+    quarter of their start); the names of the modules that this loaded."""
     before = set(sys.modules)
+    channel.map_slots()
     for name in WARM:
-        if select.select([sock], [], [], 0)[0]:
+        if select.select([channel.sock], [], [], 0)[0]:
             break
         try:
             __import__(name)
@@ -1462,8 +1463,7 @@ def main():
         faulthandler.enable()           # a crash in C leaves the Python stack in the log
     channel = Channel(socket.socket(fileno=3))
     channel.say(HELLO)
-    channel.map_slots()
-    warmed = warm(channel.sock)
+    warmed = warm(channel)
     kind, payload = channel.wait_for_frame()
     if kind != CONFIGURE:
         return                          # told to stop, or the agent is gone

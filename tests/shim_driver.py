@@ -1132,11 +1132,11 @@ def modules_that_appear_late():
 @check
 def warmed_modules_do_not_hide_the_program_s():
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("secrets", "uuid"):
+        for name in ("secrets", "uuid", "mmap"):
             with open("%s/%s.py" % (folder, name), "w") as file:
                 file.write("mine = True\n")
         with open(folder + "/main.py", "w") as file:
-            file.write("import secrets, uuid, json\nmine = secrets.mine and uuid.mine\n" + SHOW)
+            file.write("import secrets, uuid, mmap, json\nmine = secrets.mine and uuid.mine and mmap.mine\n" + SHOW)
         with Agent(folder, start=False) as agent:
             maps = "/proc/%d/maps" % agent.process.pid
             deadline = time.monotonic() + PATIENCE_S
