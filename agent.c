@@ -857,10 +857,24 @@ static void loop_place(struct loop *l, int64_t now)
     }
 }
 
+/* Linux, since 6.13, takes it that what wakes a sleeper in epoll_wait(2) is about to sleep itself,
+ * and gives the sleeper its CPU (WF_SYNC in fs/eventpoll.c). A program that has written the first of
+ * many answers goes on; agent and program would share a CPU while another has nothing to do. Who
+ * sleeps in poll(2) is woken where it was. */
+static int loop_wait(const struct loop *l, struct epoll_event *events, int max)
+{
+    struct pollfd any = { .fd = l->epoll_fd, .events = POLLIN };
+    int ms = loop_timeout(l);
+
+    if (ms > 0 && poll(&any, 1, ms) == 0)
+        return 0;
+    return epoll_wait(l->epoll_fd, events, max, 0);
+}
+
 static void loop_turn(struct loop *l)
 {
     struct epoll_event events[64];
-    int n = epoll_wait(l->epoll_fd, events, COUNT(events), loop_timeout(l));
+    int n = loop_wait(l, events, COUNT(events));
 
     l->turn++;
     for (int i = 0; i < n; i++) {
