@@ -4679,7 +4679,7 @@ struct children {
     bool          has_cgroup;       /* PATH_CGROUP/program is there for programs */
 };
 
-#define CHILD_FDS   5
+#define CHILD_FDS   6
 
 struct spawn {
     char *const *argv;              /* argv[0] is a path; NULL: call run(arg) instead */
@@ -5453,6 +5453,8 @@ static bool address_can_listen(const char *text, bool *tls)
     return ok;
 }
 
+#define LISTEN_BACKLOG      4096    /* connections not yet taken; the kernel has a limit of its own, too */
+
 static int address_socket(const struct address *a)
 {
     int fd = SYS_SOCKET(a->sa.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -5965,7 +5967,7 @@ static int listener_bind(struct listener *l)
     mode_t before = umask(0177);        /* a Unix socket is for its owner */
     int rc = bind(fd, (const void *)&a->sa, a->sa_len);
     umask(before);
-    if (rc < 0 || listen(fd, 4096) < 0)
+    if (rc < 0 || listen(fd, LISTEN_BACKLOG) < 0)
         fd_close(&fd);
     return fd;
 }
@@ -6065,6 +6067,7 @@ struct exchange {
     struct watch          timer;    /* the limit for the response head */
     struct request        request;  /* freed as soon as the backend has sent it on */
     bool                  head_seen;
+    bool                  repeated;             /* to the same process, which had closed a connection */
     bool                  may_upgrade;          /* 101 is an answer; then bytes go both ways as they come */
     int64_t               body_left;            /* of a declared Content-Length; -1: none declared */
     struct exchange      *next, **link;         /* in the program's queue */
@@ -7674,7 +7677,7 @@ static struct runner *worker_start(const struct runner *base, const char *name, 
         setsockopt(ends[i], SOL_SOCKET, SO_SNDBUF, &(int){ WORKER_SOCKET_BYTES }, sizeof(int));
     if (fd_nonblock(ends[0]) < 0 || loop_want(base->loop, &w->channel, EPOLLIN) < 0
         || runner_start(&w->runner, name, &(struct spawn){ .argv = argv, .envp = envp,
-                        .fds = { -1, -1, -1, ends[1], slots } }) < 0)
+                        .fds = { -1, -1, -1, ends[1], slots, -1 } }) < 0)
         goto failed;
     fd_close(&ends[1]);
     fd_close(&slots);
@@ -7742,6 +7745,7 @@ struct upstream {
     struct runner    runner;        /* first member */
     struct conns     conns;         /* apart from the fronts', which have a limit */
     struct address   address;       /* where it listens */
+    struct address   near;          /* and Node's shim for us alone; sa_len 0: nowhere */
     unsigned         port;
     bool             elsewhere;     /* no process of ours: the target of `agent forward` */
     struct up       *busy, *idle;   /* the last used first */
@@ -8215,7 +8219,7 @@ static void up_on_deadline(struct conn *c)
         conn_close(c);
 }
 
-static void upstream_send(struct upstream *up, struct exchange *ex, struct up *u);
+static void upstream_repeat(struct upstream *up, struct exchange *ex);
 static void upstream_refused(struct upstream *up, struct exchange *ex);
 
 /* Whatever still waits for an answer on it gets another connection, if that repeats nothing. */
@@ -8236,7 +8240,7 @@ static void up_on_close(struct conn *c)
     if (!u->connected)
         upstream_refused(up, ex);
     else if (repeatable && up->runner.state == RUNNER_READY)
-        upstream_send(up, ex, NULL);    /* not on another idle one, which may have ended as well */
+        upstream_repeat(up, ex);
     else
         lost_add(up, ex);
 }
@@ -8275,11 +8279,20 @@ static struct up *upstream_reuse(struct upstream *up, const struct request *r)
     return u;
 }
 
+/* By TCP also where Node's shim does not serve the Unix socket, or too many wait there (connect(2),
+ * EAGAIN). */
+static int upstream_dial(const struct upstream *up)
+{
+    int fd = up->near.sa_len > 0 ? address_connect(&up->near) : -1;
+
+    return fd >= 0 ? fd : address_connect(&up->address);
+}
+
 /* NULL and errno. */
 static struct up *upstream_connect(struct upstream *up)
 {
     struct up *u = calloc(1, sizeof *u);
-    int fd = u ? address_connect(&up->address) : -1;
+    int fd = u ? upstream_dial(up) : -1;
 
     if (fd < 0 || conn_open(&u->conn, &up->conns, &up_proto, fd, CONN_CONNECTING) < 0) {
         free(u);
@@ -8324,6 +8337,13 @@ static void upstream_send(struct upstream *up, struct exchange *ex, struct up *u
     }
     conn_soon(&u->conn);
     exchange_room_grew(ex);
+}
+
+/* Not on another idle connection, which may have ended as well. */
+static void upstream_repeat(struct upstream *up, struct exchange *ex)
+{
+    ex->repeated = true;
+    upstream_send(up, ex, NULL);
 }
 
 static void upstream_request(struct runner *r, struct exchange *ex)
@@ -8371,7 +8391,8 @@ static void upstream_probe(struct watch *t)
     up->runner.owner->on_ready(&up->runner);
 }
 
-/* It listened once and does no more. */
+/* It listened once and does no more. A request waits until it does, or another process; what this
+ * one has been sent may be what ended it, and is for no other. */
 static void upstream_refused(struct upstream *up, struct exchange *ex)
 {
     if (up->elsewhere) {
@@ -8382,7 +8403,7 @@ static void upstream_refused(struct upstream *up, struct exchange *ex)
         up->runner.state = RUNNER_STARTING;
         loop_after(up->runner.loop, &up->probe, UPSTREAM_PROBE_MS);
     }
-    if (up->runner.state == RUNNER_STARTING)
+    if (up->runner.state == RUNNER_STARTING && !ex->repeated)
         up->runner.owner->on_refused(&up->runner, ex);
     else
         lost_add(up, ex);
@@ -8522,18 +8543,33 @@ static int upstream_listen(unsigned port)
     address_tcp(&a, SPAN("127.0.0.1"), port);
     int on = 1, fd = address_socket(&a);
     if (fd >= 0 && (setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) < 0
-                    || bind(fd, (const void *)&a.sa, a.sa_len) < 0 || listen(fd, 4096) < 0))
+                    || bind(fd, (const void *)&a.sa, a.sa_len) < 0 || listen(fd, LISTEN_BACKLOG) < 0))
         fd_close(&fd);
     return fd;
 }
 
+/* The socket that Node's shim serves the agent on: a Unix socket, which costs half of what the
+ * loopback does, with a name that the kernel chose (unix(7), autobind). -1 and errno. */
+static int upstream_listen_near(struct address *a)
+{
+    socklen_t size = sizeof a->sa;
+
+    *a = (struct address){ .kind = ADDRESS_UNIX, .sa.ss_family = AF_UNIX, .fd = -1 };
+    int fd = address_socket(a);
+    if (fd >= 0 && (bind(fd, (const void *)&a->sa, sizeof a->sa.ss_family) < 0 || listen(fd, LISTEN_BACKLOG) < 0
+                    || getsockname(fd, (void *)&a->sa, &size) < 0))
+        fd_close(&fd);
+    a->sa_len = size;
+    return fd;
+}
+
 /* Starts a program that listens on 127.0.0.1 or ::1, `port`; with a listening socket it is
- * Node's shim and gets that as fd 3, fd 4 to report by. NULL and errno. */
+ * Node's shim and gets that as fd 3, fd 4 to report by, fd 5 to serve us on. NULL and errno. */
 static struct runner *upstream_start(const struct runner *base, const char *name, struct spawn *spawn,
                                      unsigned port, int listener)
 {
     struct upstream *up = calloc(1, sizeof *up);
-    int ends[2] = { -1, -1 };
+    int ends[2] = { -1, -1 }, near = -1;
 
     if (!up)
         return NULL;
@@ -8551,21 +8587,25 @@ static struct runner *upstream_start(const struct runner *base, const char *name
         if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0)
             goto failed;
         up->reports.fd = ends[0];
-        if (fd_nonblock(ends[0]) < 0 || loop_want(base->loop, &up->reports, EPOLLIN) < 0)
+        near = upstream_listen_near(&up->near);
+        if (near < 0 || fd_nonblock(ends[0]) < 0 || loop_want(base->loop, &up->reports, EPOLLIN) < 0)
             goto failed;
     }
     spawn->fds[0] = -1;
     spawn->fds[3] = listener;
     spawn->fds[4] = ends[1];
+    spawn->fds[5] = near;
     if (runner_start(&up->runner, name, spawn) < 0)
         goto failed;
     fd_close(&ends[1]);
+    fd_close(&near);
     if (listener < 0)
         loop_after(base->loop, &up->probe, UPSTREAM_PROBE_MS);
     return &up->runner;
 failed:
     log_errno("%s: start", name);
     fd_close(&ends[1]);
+    fd_close(&near);
     upstream_free(&up->runner);
     return NULL;
 }
@@ -9934,7 +9974,7 @@ static int job_start(struct job *j, struct loop *loop, struct children *children
     if (j->report == MAP_FAILED)
         return -1;
     if (child_spawn(children, &j->child, &(struct spawn){ .run = job_child, .arg = j,
-                    .fds = { -1, 2, 2, -1, -1 } }) < 0) {
+                    .fds = { -1, 2, 2, -1, -1, -1 } }) < 0) {
         munmap(j->report, JOB_REPORT_BYTES);
         return -1;
     }
@@ -10244,7 +10284,7 @@ static void ssh_start(struct ssh *s, struct loop *loop, struct children *childre
     }
     int out = output_open(&s->output, loop, "sshd");
     s->child = (struct child){ .name = "sshd", .on_exit = ssh_on_exit };
-    if (out < 0 || child_spawn(children, &s->child, &(struct spawn){ .run = ssh_run, .fds = { -1, out, out, -1, -1 } }) < 0) {
+    if (out < 0 || child_spawn(children, &s->child, &(struct spawn){ .run = ssh_run, .fds = { -1, out, out, -1, -1, -1 } }) < 0) {
         log_errno("sshd");
         if (out >= 0)
             output_close(&s->output);
@@ -11257,7 +11297,7 @@ static int command_start(struct aleph *a, const char *text)
             .timer = { .fd = -1, .on_deadline = command_on_deadline },
             .child = { .name = "!command", .on_exit = command_on_exit } };
         rc = child_spawn(s->children, &cmd->child, &(struct spawn){ .argv = argv, .envp = env,
-                         .cwd = "/", .fds = { -1, ends[1], ends[1], -1, -1 } });
+                         .cwd = "/", .fds = { -1, ends[1], ends[1], -1, -1, -1 } });
     }
     env_free(env);
     fd_close(&ends[1]);

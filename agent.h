@@ -55,9 +55,9 @@
 #define PATH_NVM_OPT    "/opt/nvm"              /* the first of these that is there */
 
 /* ---- Frames between the agent and a Python worker ---------------------------------
- * A Unix stream socket, fd 3 of the worker. (Node's shim has its listening socket there and
- * a socket for FRAME_READY and FRAME_START_FAILED as fd 4.) Each frame is a header of 12 bytes, little
- * endian, then the payload:
+ * A Unix stream socket, fd 3 of the worker. (Node's shim has the program's listening socket there, a
+ * socket for FRAME_READY and FRAME_START_FAILED as fd 4, and one that listens for the agent as fd 5.)
+ * Each frame is a header of 12 bytes, little endian, then the payload:
  *
  *     u32 length of the payload   u32 stream   u8 type   u8 flags   u16 zero
  *

@@ -5,8 +5,9 @@
  * HOST, what the program should listen on; NODE_PATH, folders of packages. fd 3 is a TCP socket
  * that listens there already, fd 4 one end of a Unix stream socket that carries two kinds of
  * frame to the agent (agent.h has their layout): READY once a server of the program accepts on
- * fd 3, START_FAILED when that will never be (or none, and stderr has the reason). fds 1 and 2
- * are the program's log.
+ * fd 3, START_FAILED when that will never be (or none, and stderr has the reason). fd 5 is a Unix
+ * socket that listens for the agent; its connections are to the program as any of fd 3. fds 1 and
+ * 2 are the program's log.
  *
  * To the program all is as under `node FILE`, but one listen() lands on fd 3, the one of the
  * highest rank (of equals the first); it takes over from a lower one that came earlier:
@@ -35,7 +36,8 @@ const stream = require('stream');
 const { pathToFileURL } = require('url');
 const { inspect } = require('util');
 
-const LISTEN_FD = 3, AGENT_FD = 4;
+const LISTEN_FD = 3, AGENT_FD = 4, NEAR_FD = 5;
+const BACKLOG = 4096;                               // LISTEN_BACKLOG of the agent
 const READY = 8, START_FAILED = 9;                  // enum frame_type
 const MESSAGE_MAX = 4 << 10, DETAILS_MAX = 24 << 10;    // characters; the agent keeps less
 const AWAITS = 13;                                  // Node's exit code for an await that never ends
@@ -60,8 +62,10 @@ function tell(type, payload = '') {
 }
 
 function ready() {
-    if (!told)
+    if (!told) {
+        listenNear(landed.server._handle);
         tell(READY);
+    }
     process.removeListener('unhandledRejection', raise);
 }
 
@@ -181,8 +185,35 @@ function land(server, rank, args, callback) {
     // The agent keeps connections open; which end closes an idle one must not be a race.
     if (server instanceof http.Server)
         server.keepAliveTimeout = 0;
-    server.once('listening', ready);
+    server.once('listening', () => process.nextTick(ready));     // when others have seen it, too
     return server;
+}
+
+/* What comes by fd 5 goes to the server on fd 3, with the addresses that it would have there.
+ * Where cluster has taken that server's handle for its workers, they would lack the addresses:
+ * without fd 5 the agent comes by fd 3. */
+function listenNear(handle) {
+    if (!handle)
+        return fs.closeSync(NEAR_FD);
+    const near = net.createServer();
+    const tells = (at) => (out) => {
+        Object.assign(out, { address: '127.0.0.1', family: 'IPv4', port: at });
+        return 0;
+    };
+    let from = 0;
+
+    listen.call(near, { fd: NEAR_FD }, BACKLOG);
+    near.unref();                                   // alone it keeps no program alive
+    near._handle.onconnection = (error, client) => {
+        if (!client)
+            return handle.onconnection(error);
+        if (handle.fd < 0)                          // the program has closed its server
+            return client.close();
+        from = from % 65535 + 1;
+        client.getpeername = tells(from);
+        client.getsockname = tells(port);
+        handle.onconnection(error, client);
+    };
 }
 
 /* ---- What the program exports ---- */

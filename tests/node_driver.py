@@ -1,4 +1,5 @@
-"""Plays the agent to shims/node.cjs: a listening socket as fd 3, the agent's socket as fd 4.
+"""Plays the agent to shims/node.cjs: a listening socket as fd 3, the agent's socket as fd 4, as
+fd 5 the listening one by which the agent comes, and so do the checks.
 
 Usage: node_driver.py NODE SHIM FOLDER [NAME...]
 FOLDER holds code/, a copy of apps/node, and node_modules. Prints `ok NAME` or `FAIL NAME: why`
@@ -32,22 +33,43 @@ def above(fd):
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 50)
 
 
+class NearConnection(http.client.HTTPConnection):
+    """As the agent connects: by TCP where the Unix socket is not served."""
+
+    def __init__(self, name, port):
+        super().__init__("127.0.0.1", port, timeout=PATIENCE_S)
+        self.name = name
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        try:
+            self.sock.connect(self.name)
+        except ConnectionRefusedError:
+            self.sock.close()
+            super().connect()
+
+
 class Program:
     def __init__(self, name, export="", args=(), folder="code", **env):
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
+        near = socket.socket(socket.AF_UNIX)
+        near.bind("")
+        near.listen()
+        self.near = near.getsockname()
         self.agent, other = socket.socketpair()
         self.out = tempfile.TemporaryFile()
         self.data, self.frame, self.ended = b"", None, False
         self.file = os.path.join(os.path.realpath(FOLDER), folder, name)
-        fds = above(self.listener.fileno()), above(other.fileno())
-        other.close()
+        fds = [above(s.fileno()) for s in (self.listener, other, near)]
+        other.close(), near.close()
         keep = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
         self.process = subprocess.Popen(
             [NODE, SHIM, self.file, export, *args], cwd=os.path.dirname(self.file),
-            stdin=subprocess.DEVNULL, stdout=self.out, stderr=self.out, pass_fds=(3, 4),
+            stdin=subprocess.DEVNULL, stdout=self.out, stderr=self.out, pass_fds=(3, 4, 5),
             env=dict(keep, PORT=str(self.port), HOST="127.0.0.1", **env),
-            preexec_fn=lambda: (os.dup2(fds[0], 3), os.dup2(fds[1], 4)))
+            preexec_fn=lambda: [os.dup2(fd, at) for at, fd in enumerate(fds, 3)])
         for fd in fds:
             os.close(fd)
 
@@ -108,10 +130,13 @@ class Program:
             time.sleep(0.02)
 
     def connect(self):
+        return NearConnection(self.near, self.port)
+
+    def connect_by_tcp(self):
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
 
-    def answer(self, target="/", method="GET", body=None, headers={}):
-        conn = self.connect()
+    def answer(self, target="/", method="GET", body=None, headers={}, conn=None):
+        conn = conn or self.connect()
         conn.request(method, target, body, headers)
         response = conn.getresponse()
         text = response.read().decode()
@@ -259,6 +284,34 @@ def cluster():
 
 
 @check()
+def addresses_by_both_ways():
+    with Program("closes.js") as p:
+        near, other = p.ready().json(), p.json()
+        tcp = p.json(conn=p.connect_by_tcp())
+    for address, peer, own in near, other, tcp:
+        equal(("127.0.0.1", p.port), (address, own))
+    assert len({near[1], other[1]}) == 2 and 0 < near[1] < 65536, (near, other)
+
+
+@check()
+def server_that_closes_ends_what_it_has_begun():
+    with Program("closes.js") as p:
+        equal("answered", p.ready().text("/close", headers={"Connection": "close"}))
+        equal(7, p.process.wait(PATIENCE_S))
+
+
+@check()
+def closed_server():
+    with Program("closes.js", STAYS="1") as p:
+        equal("answered", p.ready().text("/close", headers={"Connection": "close"}))
+        try:
+            p.answer()
+        except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
+            return
+        raise AssertionError("it answers")
+
+
+@check()
 def keeps_connections():
     with Program("listener.js") as p:
         conn = p.ready().connect()
@@ -274,7 +327,7 @@ def keeps_connections():
 def children_get_none_of_our_descriptors():
     with Program("children.js") as p:
         seen = [line.split(" ", 1) for line in p.ready().text().splitlines() if " " in line]
-        own = os.readlink("/proc/%d/fd/3" % p.process.pid), os.readlink("/proc/%d/fd/4" % p.process.pid)
+        own = [os.readlink("/proc/%d/fd/%d" % (p.process.pid, fd)) for fd in (3, 4, 5)]
     assert len(seen) >= 3, seen
     equal([], [(fd, to) for fd, to in seen if to in own])
 
@@ -552,6 +605,8 @@ def run(test):
 
 
 def main():
+    for fd in 3, 4, 5:                  # so that nothing of ours is there
+        os.dup2(os.open("/dev/null", os.O_RDONLY), fd)
     packages()
     wanted = [test for test in checks if len(sys.argv) < 5 or test.__name__ in sys.argv[4:]]
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:

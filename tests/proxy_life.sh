@@ -210,6 +210,14 @@ deaths() {
     check_eq '35 listens late on a restart: a request waits' hello "$(http /hello)"
     check '35 listens late on a restart: it did wait' test $(($(ms) - start)) -ge 1500
     check_eq '35 listens late on a restart: it was started twice' 2 "$(wc -l <"$GUEST/starts")"
+    # A request that has been sent to a process and ends it is for no other.
+    folder=$(program slow <<<$'#!/bin/sh\npython3 server.py\ncode=$?\nsleep 0.1\nexit $code')
+    cp "$APPS/upstream/server.py" "$folder"
+    ns_start --limit backoff_ms=50
+    check '64 it ends later than its connections: configured' executable "$folder" run.sh --env SIDE="$GUEST/side.sock"
+    http /hello >/dev/null
+    baseline
+    dies '64 it ends later than its connections' 'exited with exit code 3' '["exit", 3]'
     # The shell dies; what listens is its child, and must go with it.
     folder=$(program family <<<$'#!/bin/sh\necho $$ >$PIDFILE\npython3 server.py &\nwait')
     cp "$APPS/upstream/server.py" "$folder"
