@@ -51,6 +51,31 @@ check_match 'event: POST / with a field' 'POST.*"url\\":\\"/\\".*aleph.message.*
 baseline
 guest_ok 'node: well afterwards'
 
+# More connections than the kernel lets wait while the program is busy.
+mkdir "$T/sleepy"
+cat >"$T/sleepy/index.js" <<'END_OF_PROGRAM'
+module.exports = (req, res) => {
+    if (req.url === '/sleep')
+        Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 1000);
+    res.end('well');
+};
+END_OF_PROGRAM
+NS_PREPARE_ALL=$NS_PREPARE
+NS_PREPARE+='; echo 4 >proc/sys/net/core/somaxconn'
+ns_start
+NS_PREPARE=$NS_PREPARE_ALL
+check 'somaxconn 4: starts' configure "$T/sleepy" index.js
+http /sleep -o "$T/sleep" &
+pids=($!)
+sleep 0.3
+for n in {1..30}; do
+    http / -o "$T/busy.$n" &
+    pids+=($!)
+done
+wait "${pids[@]}" || true
+check_eq 'somaxconn 4: 31 requests at once to a busy program are answered' 31 \
+    "$(cat "$T/sleep" "$T"/busy.* | grep -o well | wc -l)"
+
 version 'version: .nvmrc' v18.20.8 "$(pinned .nvmrc lts/hydrogen)"
 version 'version: engines' v14.21.3 "$(pinned package.json '{"engines": {"node": ">=14 <17 || 18.0.0"}}')"
 version 'version: NVM_DIR of the program' v14.21.3 "$NODE" --env NVM_DIR=/opt/own
