@@ -515,7 +515,7 @@ static int buf_add_span(struct buf *b, struct span s)
     return buf_add(b, s.p, s.n);
 }
 
-static int buf_add_text(struct buf *b, const char *text)
+INLINE int buf_add_text(struct buf *b, const char *text)    /* of most texts the length is known */
 {
     return buf_add(b, text, strlen(text));
 }
@@ -5536,6 +5536,7 @@ struct conn {
     bool                gone;       /* the peer reads no more either */
     bool                reset;      /* it broke off: what it sent need not be all */
     bool                paused;     /* the protocol takes no input now */
+    bool                more;       /* a read got all that it asked for: there may be more to read */
     bool                linger;     /* the peer may be sending what nobody will parse */
     struct tls         *tls;        /* owned; NULL: plain */
 };
@@ -5560,7 +5561,9 @@ static void conn_close(struct conn *c)
     c->proto->on_close(c);
 }
 
-/* What epoll shall watch. Never nothing: EPOLLHUP keeps us told that the peer is gone. */
+/* What epoll shall watch. Never nothing: EPOLLHUP keeps us told that the peer is gone. Bytes that
+ * come are told once (EPOLLET, epoll(7)), as one read takes most of them: epoll need not look again
+ * whether any are left. What is unread is `more`, or not watched for and then told anew. */
 static uint32_t conn_interest(const struct conn *c)
 {
     bool blocked = c->tls && c->tls->blocked;
@@ -5572,7 +5575,7 @@ static uint32_t conn_interest(const struct conn *c)
     case CONN_HANDSHAKE:
         return blocked ? EPOLLOUT : EPOLLIN;
     case CONN_OPEN:
-        return EPOLLHUP | out | (c->half ? 0 : (uint32_t)EPOLLRDHUP)
+        return EPOLLHUP | out | (c->half ? 0 : (uint32_t)EPOLLRDHUP) | (c->tls ? 0 : (uint32_t)EPOLLET)
              | (c->eof || c->paused || c->in.len >= c->in_max ? 0 : (uint32_t)EPOLLIN);
     case CONN_DRAINING:
         return EPOLLHUP | out;
@@ -5653,6 +5656,7 @@ static void conn_read(struct conn *c, size_t most)
     bool tls = c->tls && c->state == CONN_OPEN;
     ssize_t n = tls ? tls_read(c->tls, bytes, CONN_READ_BYTES) : SYS_READ(c->watch.fd, bytes, most);
 
+    c->more = !tls && (n < 0 ? errno == EINTR : (size_t)n == most);
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return;
     if (n <= 0) {
@@ -5709,6 +5713,8 @@ static void conn_settle(struct conn *c, bool unread)
         conn_close(c);
         return;
     }
+    if (c->more)
+        loop_soon(c->all->loop, &c->watch);
     uint32_t want = waits ? 0 : conn_interest(c);
     if (want && !unread && c->watch.events == (want | EPOLLIN))
         return;
@@ -5796,6 +5802,8 @@ static void conn_on_event(struct watch *w, uint32_t events)
 {
     struct conn *c = CONTAINER(w, struct conn, watch);
 
+    events |= c->more ? EPOLLIN : 0;
+    c->more = false;
     if (c->state == CONN_CONNECTING && events)
         conn_connected(c);
     else if (c->state == CONN_GREETING && events)
@@ -6203,10 +6211,16 @@ static bool field_is_dropped(const struct response_head *h, struct span name)
 /* "Name: value", as a line of a head. */
 static void field_add_line(struct buf *out, struct span name, struct span value)
 {
-    buf_add_span(out, name);
-    buf_add_text(out, ": ");
-    buf_add_span(out, value);
-    buf_add_text(out, "\r\n");
+    size_t n = name.n + value.n + 4;
+    char *to = buf_room(out, n);
+
+    if (!to)
+        return;
+    memcpy(to, name.p, name.n);
+    memcpy(to + name.n, ": ", 2);
+    memcpy(to + name.n + 2, value.p, value.n);
+    memcpy(to + n - 2, "\r\n", 2);
+    buf_added(out, n);
 }
 
 static void exchange_unload(struct exchange *ex)
@@ -12183,10 +12197,12 @@ static void http_take_client(struct http *h)
             r->is_https = value.n >= 5 && strncasecmp(value.p + value.n - 5, "https", 5) == 0;
         }
     }
-    char copy[INET6_ADDRSTRLEN];            /* the text may move when it grows */
-    snprintf(copy, sizeof copy, "%.*s", (int)client.n, client.p ? client.p : "");
+    char copy[INET6_ADDRSTRLEN - 1];        /* the text may move when it grows */
+    if (client.n > sizeof copy)
+        client.n = sizeof copy;
+    memcpy(copy, client.p, client.n);
     r->client = request_part_begin(r);
-    buf_add_text(&r->text, copy);
+    buf_add(&r->text, copy, client.n);
     request_part_end(r, &r->client);
     r->server = request_part_begin(r);
     buf_add_text(&r->text, h->own.ip);
