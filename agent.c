@@ -5536,7 +5536,7 @@ struct conn {
     bool                gone;       /* the peer reads no more either */
     bool                reset;      /* it broke off: what it sent need not be all */
     bool                paused;     /* the protocol takes no input now */
-    bool                more;       /* a read got all that it asked for: there may be more to read */
+    bool                more;       /* there may be input that epoll has told of: read at the end of the turn */
     bool                linger;     /* the peer may be sending what nobody will parse */
     struct tls         *tls;        /* owned; NULL: plain */
 };
@@ -5562,8 +5562,8 @@ static void conn_close(struct conn *c)
 }
 
 /* What epoll shall watch. Never nothing: EPOLLHUP keeps us told that the peer is gone. Bytes that
- * come are told once (EPOLLET, epoll(7)), as one read takes most of them: epoll need not look again
- * whether any are left. What is unread is `more`, or not watched for and then told anew. */
+ * come are told once (EPOLLET, epoll(7)): one read mostly takes them all, and epoll need not look
+ * whether it did. See conn_settle for those that it does not take. */
 static uint32_t conn_interest(const struct conn *c)
 {
     bool blocked = c->tls && c->tls->blocked;
@@ -5656,7 +5656,7 @@ static void conn_read(struct conn *c, size_t most)
     bool tls = c->tls && c->state == CONN_OPEN;
     ssize_t n = tls ? tls_read(c->tls, bytes, CONN_READ_BYTES) : SYS_READ(c->watch.fd, bytes, most);
 
-    c->more = !tls && (n < 0 ? errno == EINTR : (size_t)n == most);
+    c->more = n < 0 ? errno == EINTR : n > 0 && ((size_t)n == most || c->half || c->gone);
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return;
     if (n <= 0) {
@@ -5713,9 +5713,11 @@ static void conn_settle(struct conn *c, bool unread)
         conn_close(c);
         return;
     }
+    uint32_t want = waits ? 0 : conn_interest(c);
+    unread |= c->more;
+    c->more = unread && want & EPOLLET && want & EPOLLIN;   /* unwatched, it is told of again when watched */
     if (c->more)
         loop_soon(c->all->loop, &c->watch);
-    uint32_t want = waits ? 0 : conn_interest(c);
     if (want && !unread && c->watch.events == (want | EPOLLIN))
         return;
     if (loop_want(c->all->loop, &c->watch, want) < 0)
