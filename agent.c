@@ -5562,8 +5562,8 @@ static void conn_close(struct conn *c)
 }
 
 /* What epoll shall watch. Never nothing: EPOLLHUP keeps us told that the peer is gone. Bytes that
- * come are told once (EPOLLET, epoll(7)): one read mostly takes them all, and epoll need not look
- * whether it did. See conn_settle for those that it does not take. */
+ * come are told once (EPOLLET): a read that gets less than it asked for has taken them all (epoll(7),
+ * questions), and epoll need not look whether it did. See conn_settle for those that stay. */
 static uint32_t conn_interest(const struct conn *c)
 {
     bool blocked = c->tls && c->tls->blocked;

@@ -59,13 +59,33 @@ static void *no_memory(void)
 WRAP(void *, malloc, (size_t n)) { return fault_due(FAULT_MEMORY) ? no_memory() : __real_malloc(n); }
 WRAP(void *, calloc, (size_t n, size_t size)) { return fault_due(FAULT_MEMORY) ? no_memory() : __real_calloc(n, size); }
 WRAP(void *, realloc, (void *p, size_t n)) { return fault_due(FAULT_MEMORY) ? no_memory() : __real_realloc(p, n); }
-WRAP(ssize_t, read, (int fd, void *p, size_t n)) { return fault_fails(fd, true) ? -1 : __real_read(fd, p, fault_cut(n)); }
 WRAP(ssize_t, write, (int fd, const void *p, size_t n)) { return fault_fails(fd, true) ? -1 : __real_write(fd, p, fault_cut(n)); }
-WRAP(ssize_t, recv, (int fd, void *p, size_t n, int flags)) { return fault_fails(fd, true) ? -1 : __real_recv(fd, p, fault_cut(n), flags); }
 WRAP(ssize_t, send, (int fd, const void *p, size_t n, int flags)) { return fault_fails(fd, true) ? -1 : __real_send(fd, p, fault_cut(n), flags); }
 WRAP(int, socket, (int family, int type, int protocol)) { return fault_fails(-1, false) ? -1 : __real_socket(family, type, protocol); }
 WRAP(int, connect, (int fd, const struct sockaddr *to, socklen_t n)) { return fault_fails(fd, false) ? -1 : __real_connect(fd, to, n); }
-WRAP(int, epoll_ctl, (int fd, int op, int to, struct epoll_event *e)) { return op != EPOLL_CTL_DEL && fault_fails(fd, false) ? -1 : __real_epoll_ctl(fd, op, to, e); }
+WRAP(int, epoll_ctl, (int fd, int op, int to, struct epoll_event *e)) { return op != EPOLL_CTL_DEL && fault_fails(fd, false) ? -1 : watched_ctl(fd, op, to, e); }
+
+WRAP(ssize_t, read, (int fd, void *p, size_t n))
+{
+    bool fails = fault_fails(fd, true);
+    size_t most = fault_cut(n);
+    ssize_t got = fails ? -1 : __real_read(fd, p, most);
+
+    if (fails || most < n)
+        watched_again(fd);
+    return got;
+}
+
+WRAP(ssize_t, recv, (int fd, void *p, size_t n, int flags))
+{
+    bool fails = fault_fails(fd, true);
+    size_t most = fault_cut(n);
+    ssize_t got = fails ? -1 : __real_recv(fd, p, most, flags);
+
+    if (fails || most < n)
+        watched_again(fd);
+    return got;
+}
 
 WRAP(ssize_t, sendmsg, (int fd, const struct msghdr *m, int flags))
 {
@@ -353,7 +373,6 @@ static struct listener *script_listener(struct scene *s, const struct script *sc
 static int scene_run(struct scene *s, const struct script *script)
 {
     static const int64_t waits_ms[] = { 0, 300, 1500, 6000, 61000, 61000, 301000, 301000 };
-    struct epoll_event event;
     const struct script_step *step = script->steps;
     int ends[2], rc = -1;
 
@@ -366,7 +385,7 @@ static int scene_run(struct scene *s, const struct script *script)
     for (size_t wait = 0; wait < COUNT(waits_ms) && rc < 0; wait++) {
         clock_ahead_ms += waits_ms[wait];
         for (int quiet = 0; quiet < 3 && rc < 0;) {
-            bool did = epoll_wait(s->bench.loop.epoll_fd, &event, 1, 0) > 0 || s->bench.loop.soon_first;
+            bool did = loop_is_busy(&s->bench.loop);
             scene_turn(s);
             did |= scene_play(s);
             if (step->text.n > 0 && memmem(scene_answer, scene_answer_len, step->after, strlen(step->after))) {
