@@ -857,10 +857,10 @@ static void loop_place(struct loop *l, int64_t now)
     }
 }
 
-/* Linux, since 6.13, takes it that what wakes a sleeper in epoll_wait(2) is about to sleep itself,
- * and gives the sleeper its CPU (WF_SYNC in fs/eventpoll.c). A program that has written the first of
- * many answers goes on; agent and program would share a CPU while another has nothing to do. Who
- * sleeps in poll(2) is woken where it was. */
+/* Newer kernels (seen with Linux 6.18) take it that what wakes a sleeper in epoll_wait(2) is about to
+ * sleep itself, and give the sleeper its CPU (WF_SYNC, passed on by fs/eventpoll.c). A program that
+ * has written the first of many answers goes on; agent and program would share a CPU while another
+ * has nothing to do. Who sleeps in poll(2) is woken where it was. */
 static int loop_wait(const struct loop *l, struct epoll_event *events, int max)
 {
     struct pollfd any = { .fd = l->epoll_fd, .events = POLLIN };
