@@ -60,10 +60,7 @@ module.exports = (req, res) => {
     res.end('well');
 };
 END_OF_PROGRAM
-NS_PREPARE_ALL=$NS_PREPARE
-NS_PREPARE+='; echo 4 >proc/sys/net/core/somaxconn'
-ns_start
-NS_PREPARE=$NS_PREPARE_ALL
+NS_PREPARE="$NS_PREPARE; echo 4 >proc/sys/net/core/somaxconn" ns_start
 check 'somaxconn 4: starts' configure "$T/sleepy" index.js
 http /sleep -o "$T/sleep" &
 pids=($!)

@@ -5,9 +5,9 @@
  * failed; the exit status is that of the worst. `unit NAME...` runs only those. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdbool.h>
-#include <poll.h>
 #include <stdio.h>
 #include <sys/socket.h>
 #include <time.h>

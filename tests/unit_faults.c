@@ -35,17 +35,22 @@ static bool fault_fails(int fd, bool soft)
     due = due || (soft && fault_due(FAULT_SOFT));
     if (due && fault_plan.error == ECONNRESET)
         shutdown(fd, SHUT_RDWR);
-    if (due)
+    if (due) {
+        watched_again(fd);
         errno = fault_plan.error;
+    }
     return due;
 }
 
 /* How many bytes of n a call may carry. */
-static size_t fault_cut(size_t n)
+static size_t fault_cut(int fd, size_t n)
 {
     size_t most = fault_plan.ever ? 13 : 1;
 
-    return n > most && fault_due(FAULT_SHORT) ? most : n;
+    if (n <= most || !fault_due(FAULT_SHORT))
+        return n;
+    watched_again(fd);
+    return most;
 }
 
 #define WRAP(type, name, args)  type __real_##name args; type __wrap_##name args; type __wrap_##name args
@@ -59,33 +64,13 @@ static void *no_memory(void)
 WRAP(void *, malloc, (size_t n)) { return fault_due(FAULT_MEMORY) ? no_memory() : __real_malloc(n); }
 WRAP(void *, calloc, (size_t n, size_t size)) { return fault_due(FAULT_MEMORY) ? no_memory() : __real_calloc(n, size); }
 WRAP(void *, realloc, (void *p, size_t n)) { return fault_due(FAULT_MEMORY) ? no_memory() : __real_realloc(p, n); }
-WRAP(ssize_t, write, (int fd, const void *p, size_t n)) { return fault_fails(fd, true) ? -1 : __real_write(fd, p, fault_cut(n)); }
-WRAP(ssize_t, send, (int fd, const void *p, size_t n, int flags)) { return fault_fails(fd, true) ? -1 : __real_send(fd, p, fault_cut(n), flags); }
+WRAP(ssize_t, read, (int fd, void *p, size_t n)) { return fault_fails(fd, true) ? -1 : __real_read(fd, p, fault_cut(fd, n)); }
+WRAP(ssize_t, write, (int fd, const void *p, size_t n)) { return fault_fails(fd, true) ? -1 : __real_write(fd, p, fault_cut(fd, n)); }
+WRAP(ssize_t, recv, (int fd, void *p, size_t n, int flags)) { return fault_fails(fd, true) ? -1 : __real_recv(fd, p, fault_cut(fd, n), flags); }
+WRAP(ssize_t, send, (int fd, const void *p, size_t n, int flags)) { return fault_fails(fd, true) ? -1 : __real_send(fd, p, fault_cut(fd, n), flags); }
 WRAP(int, socket, (int family, int type, int protocol)) { return fault_fails(-1, false) ? -1 : __real_socket(family, type, protocol); }
 WRAP(int, connect, (int fd, const struct sockaddr *to, socklen_t n)) { return fault_fails(fd, false) ? -1 : __real_connect(fd, to, n); }
 WRAP(int, epoll_ctl, (int fd, int op, int to, struct epoll_event *e)) { return op != EPOLL_CTL_DEL && fault_fails(fd, false) ? -1 : watched_ctl(fd, op, to, e); }
-
-WRAP(ssize_t, read, (int fd, void *p, size_t n))
-{
-    bool fails = fault_fails(fd, true);
-    size_t most = fault_cut(n);
-    ssize_t got = fails ? -1 : __real_read(fd, p, most);
-
-    if (fails || most < n)
-        watched_again(fd);
-    return got;
-}
-
-WRAP(ssize_t, recv, (int fd, void *p, size_t n, int flags))
-{
-    bool fails = fault_fails(fd, true);
-    size_t most = fault_cut(n);
-    ssize_t got = fails ? -1 : __real_recv(fd, p, most, flags);
-
-    if (fails || most < n)
-        watched_again(fd);
-    return got;
-}
 
 WRAP(ssize_t, sendmsg, (int fd, const struct msghdr *m, int flags))
 {
@@ -94,7 +79,7 @@ WRAP(ssize_t, sendmsg, (int fd, const struct msghdr *m, int flags))
 
     if (fault_fails(fd, true))
         return -1;
-    size_t n = fault_cut(first.iov_len);
+    size_t n = fault_cut(fd, first.iov_len);
     if (n == first.iov_len)
         return __real_sendmsg(fd, m, flags);
     first.iov_len = n;
