@@ -178,7 +178,7 @@ enum frame_type {
 #define WORKER_FRAME_MAX    (256 << 10)     /* payload of one frame from a worker */
 #define WORKER_READ_BYTES   (128 << 10)     /* one read from a worker */
 #define WORKER_SOCKET_BYTES (512 << 10)     /* under way to and from it; the kernel's own limit may be less */
-#define WORKER_SLOTS        16              /* long bodies under way; more go through the socket */
+#define WORKER_SLOTS        32              /* long bodies under way; more go through the socket */
 #define WORKER_SLOT_BYTES   WORKER_CREDIT
 #define WORKER_SLOTS_AT     4096            /* a page of flags, of which the first ones count */
 #define CONF_PREFIX_MAX     9               /* digits of the configuration's length */

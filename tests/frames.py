@@ -14,7 +14,7 @@ from http_raw import (CONSOLE, HOST, SANITIZED, Client, Ended, ask, console_sinc
                       report, rss_kib, settled, unfold)
 
 RESPONSE_HEAD, RESPONSE_BODY, FAILURE, WINDOW, RESPONSE_SLOT = 10, 11, 12, 6, 16
-SLOTS, SLOT_BYTES = 16, 192 << 10
+SLOTS, SLOT_BYTES = 32, 192 << 10
 HEAD = struct.pack("<HH", 200, 0)           # of a response without fields
 
 
