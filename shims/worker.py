@@ -32,6 +32,7 @@ if __name__ == "__main__":
 import asyncio
 import contextvars
 import faulthandler
+import functools
 import gc
 import importlib
 import inspect
@@ -212,6 +213,7 @@ class Channel:
         self.size = self.laid = 0       # since the last flush: bytes of payloads, of bodies in slots
         self.slots = None               # an mmap, once map_slots() has found one
         self.flushing = self.forked = self.full = False
+        self.nested = False             # what comes now is read in a step of some task
         self.flushed_at = 0.0
         self.loop = self.selector = self.on_frame = self.on_end = None
         self.readable = None            # what epoll says when only the agent has written
@@ -269,6 +271,7 @@ class Channel:
         if not count:
             return self.end()
         self.have += count
+        self.nested = asyncio.current_task(self.loop) is not None
         unpack, on_frame = HEADER.unpack_from, self.on_frame
         ours, self.flushing = not self.flushing, True
         try:
@@ -279,7 +282,7 @@ class Channel:
                 if end > self.have:
                     break
                 self.at = end
-                on_frame(stream, kind, flags, self.view[start:end].tobytes())
+                on_frame(stream, kind, flags, self.view[start:end])
         finally:
             self.keep()
             if ours:
@@ -299,10 +302,11 @@ class Channel:
         self.view[:len(rest)] = rest
 
     def put(self, stream, kind, payload=b"", flags=0):
-        self.out.append(HEADER.pack(len(payload), stream, kind, flags, 0))
-        if payload:
+        size = len(payload)
+        self.out.append(HEADER.pack(size, stream, kind, flags, 0))
+        if size:
             self.out.append(payload)
-            self.size += len(payload)
+            self.size += size
         if not self.flushing:
             self.flushing = True
             self.loop.call_soon(self.flush)
@@ -577,9 +581,10 @@ class Exchange:
                     self.worker.put_body(self.stream, body)
                 await next_turn()       # the bytes leave before the program goes on, or blocks
             else:
-                self.close(body)
                 worker = self.worker
                 channel = worker.channel
+                channel.put_body(self.stream, body, END)
+                self.closed()
                 if (not worker.exchanges and channel.at == channel.have
                         or channel.size + channel.laid >= GATHER
                         or self.closed_at - channel.flushed_at > GATHER_S):
@@ -1294,29 +1299,34 @@ class Lifespan:
 # ---- Tasks whose first step is not put off ---------------------------------------------------
 
 if sys.version_info >= (3, 12):
-    def start_task(coro, loop):
-        return asyncio.Task(coro, loop=loop, name="request", eager_start=True)
+    def task_starter(loop):
+        return functools.partial(asyncio.Task, loop=loop, name="request", eager_start=True)
 else:
-    def start_task(coro, loop):
+    def task_starter(loop):
         """A Task gives its first step to its loop's call_soon, which for this once is ours; what the
-        garbage collector calls meanwhile may want that, too."""
-        first = []
+        garbage collector calls meanwhile may want that, too, but in another context."""
+        step = within = None
 
         def call_soon(callback, *args, context=None):
-            task = getattr(callback, "__self__", None)
-            if type(task) is asyncio.Task and task.get_coro() is coro:
-                first.append((callback, context))
+            nonlocal step
+            if context is within:
+                step = callback
             else:
                 type(loop).call_soon(loop, callback, *args, context=context)
 
-        loop.call_soon = call_soon
-        try:
-            task = asyncio.Task(coro, loop=loop, name="request")
-        finally:
-            del loop.call_soon          # the method of its class again
-        (step, context), = first
-        context.run(step)
-        return task
+        def start(coro):
+            nonlocal step, within
+            context = within = contextvars.copy_context()
+            loop.call_soon = call_soon
+            try:
+                task = asyncio.Task(coro, loop=loop, name="request", context=context)
+            finally:
+                del loop.call_soon      # the method of its class again
+            first, step, within = step, None, None
+            context.run(first)
+            return task
+
+        return start
 
 
 # ---- Worker: the program and its exchanges ---------------------------------------------------
@@ -1334,6 +1344,7 @@ class Worker:
 
     async def serve(self, conf, pythonpath, warmed):
         self.loop = asyncio.get_running_loop()
+        self.start_task = task_starter(self.loop)
         self.stop, self.idle = asyncio.Event(), asyncio.Event()
         try:
             lifespan = await self.start(conf, pythonpath, warmed)
@@ -1385,7 +1396,7 @@ class Worker:
         if kind == REQUEST:
             parts = marshal.loads(payload)
             make = self.makers.get(parts[0], self.event)
-            scope = self.event_scope(*parts) if len(parts) == 2 else self.request_scope(*parts)
+            scope = self.event_scope(*parts) if len(parts) == 2 else self.request_scope(parts)
             self.exchanges[stream] = exchange = make(self, stream, scope, flags & END != 0)
             if self.stopping:
                 return exchange.fail("the program is shutting down")
@@ -1396,7 +1407,7 @@ class Worker:
         elif kind == SHUTDOWN:
             self.on_stop()
         else:
-            exchange = self.exchanges.get(stream)
+            exchange, payload = self.exchanges.get(stream), payload.tobytes()
             if exchange is None:
                 pass                    # we have closed it; the agent did not know yet
             elif kind == REQUEST_BODY:
@@ -1408,7 +1419,8 @@ class Worker:
             elif kind in (TEXT, BINARY):
                 exchange.on_piece(kind, payload, flags & END != 0)
 
-    def request_scope(self, kind, version, method, scheme, path, raw_path, query, client, server, headers):
+    def request_scope(self, parts):
+        kind, version, method, scheme, path, raw_path, query, client, server, headers = parts
         return {"type": kind, "asgi": {"version": "3.0", "spec_version": "2.4"},
                 "http_version": version, "method": method, "scheme": scheme, "path": path,
                 "raw_path": raw_path, "query_string": query, "root_path": "", "client": client,
@@ -1438,9 +1450,9 @@ class Worker:
         its first step needs no turn of the loop, unless that itself is run by a step."""
         if self.loop.get_task_factory() is not None:
             return self.loop.create_task(coro)
-        if self.channel.selector is None or asyncio.current_task(self.loop) is not None:
+        if self.channel.selector is None or self.channel.nested:
             return asyncio.Task(coro, loop=self.loop, name="request")
-        return start_task(coro, self.loop)
+        return self.start_task(coro)
 
     def check_idle(self):
         if not self.exchanges and not self.running:
