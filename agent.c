@@ -420,9 +420,20 @@ INLINE bool span_eq(struct span s, const char *text)
     return s.n == strlen(text) && memcmp(s.p, text, s.n) == 0;
 }
 
+/* Letters are those of ASCII. strncasecmp(3) takes twice as long: a call for each byte. */
+static bool bytes_eq_nocase(const char *a, const char *b, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        unsigned char lower = (unsigned char)(a[i] | 0x20);
+        if (a[i] != b[i] && (lower != (b[i] | 0x20) || lower < 'a' || lower > 'z'))
+            return false;
+    }
+    return true;
+}
+
 INLINE bool span_eq_nocase(struct span s, const char *text)
 {
-    return s.n == strlen(text) && strncasecmp(s.p, text, s.n) == 0;
+    return s.n == strlen(text) && bytes_eq_nocase(s.p, text, s.n);
 }
 
 /* A copy with a NUL at its end, or NULL: no memory. */
@@ -6190,7 +6201,7 @@ static bool field_is_named_in(struct span connection, struct span name)
             item = (struct span){ item.p + 1, item.n - 1 };
         while (item.n > 0 && (item.p[item.n - 1] == ' ' || item.p[item.n - 1] == '\t'))
             item.n--;
-        if (item.n == name.n && strncasecmp(item.p, name.p, name.n) == 0)
+        if (item.n == name.n && bytes_eq_nocase(item.p, name.p, name.n))
             return true;
         connection = (struct span){ connection.p + step, connection.n - step };
     }
