@@ -229,6 +229,67 @@ def websockets(connections):
     return measure
 
 
+# ---- A CPU for each ------------------------------------------------------------------------
+
+SHARE, SHARE_PERIOD_US = 0.5, 10_000
+
+
+def cpu_groups():
+    """cgroups(7): the top of the hierarchy with the controller cpu, our own group in it, and what
+    limits a group to SHARE of a CPU."""
+    quota = int(SHARE * SHARE_PERIOD_US)
+    with open("/proc/self/cgroup") as f:
+        groups = {controllers: path for _, controllers, path in (line.rstrip("\n").split(":", 2) for line in f)}
+    for controllers, path in groups.items():
+        if "cpu" in controllers.split(","):
+            return ("/sys/fs/cgroup/" + controllers, path,
+                    {"cpu.cfs_period_us": str(SHARE_PERIOD_US), "cpu.cfs_quota_us": str(quota)})
+    return "/sys/fs/cgroup", groups.get("", "/"), {"cpu.max": "%d %d" % (quota, SHARE_PERIOD_US)}
+
+
+@contextlib.contextmanager
+def shares(pids):
+    """Each of the processes, and all of the load together, has SHARE of a CPU that nobody else
+    takes: what they would find on a machine with more CPUs, if slower ones."""
+    top, home, limit = cpu_groups()
+
+    def write(path, text):
+        with open(top + path, "w") as f:
+            f.write(text)
+    groups = {pid: "/agent-bench.%d" % pid for pid in [os.getpid(), *pids]}
+    if "cpu.max" in limit:
+        write("/cgroup.subtree_control", "+cpu")
+    try:
+        for pid, group in groups.items():
+            os.mkdir(top + group)
+            for name, text in limit.items():
+                write(group + "/" + name, text)
+            write(group + "/cgroup.procs", str(pid))
+        yield
+    finally:
+        for pid, group in groups.items():
+            with contextlib.suppress(OSError):      # it has ended, or there is no such group
+                write(home + "/cgroup.procs", str(pid))
+            with contextlib.suppress(OSError):
+                os.rmdir(top + group)
+
+
+def shared(measure):
+    def measure_shared(server, seconds):
+        with shares(server.pids()):
+            return measure(server, seconds)
+    return measure_shared
+
+
+def can_share():
+    try:
+        with shares([]):
+            return True
+    except OSError as e:
+        print("== share: left out, it takes root and a cgroup of its own: %s" % e, file=sys.stderr)
+        return False
+
+
 def median(samples):
     return type(samples[0])(*(statistics.median(column) for column in zip(*samples)))
 
@@ -300,6 +361,7 @@ ROWS = [
     ("hello8", "hello, 8 connections", ASGI, hello(8)),
     ("hello64", "hello, 64 connections", ASGI, hello(64)),
     ("large", "100 kB response, 16 connections", ASGI, hello(16, "/large")),
+    ("share", "100 kB response, 16 connections, half a CPU for each process", ASGI[:2], shared(hello(16, "/large"))),
     ("upload", "100 kB upload, 16 connections", ASGI, hello(16, "/", UPLOAD)),
     ("wsgi", "WSGI hello, 16 connections", WSGI, hello(16)),
     ("node", "Node hello, 64 connections", NODE, hello(64)),
@@ -311,7 +373,7 @@ ROWS = [
 GOALS = [
     ("hello64", "cpu_us", BEST, 1 / 1.4), ("hello64", "rate", BEST, 1.2),
     ("hello1", "rate", BEST, 0.9), ("hello8", "rate", BEST, 0.9),
-    ("large", "rate", BEST, 1.2), ("upload", "rate", BEST, 1.2),
+    ("large", "rate", BEST, 1.2), ("share", "rate", BEST, 1.2), ("upload", "rate", BEST, 1.2),
     ("wsgi", "rate", "gunicorn, sync", 2.0),
     ("node", "rate", "bare Node", 0.85),
     ("proxy", "rate", "nginx to executable", 1.2),
@@ -612,7 +674,7 @@ def svg(results):
 def rows(chosen, rounds, seconds):
     """(name, title, {subject: figures}), measured one after the other."""
     for name, title, subjects, measure in ROWS:
-        if name in chosen:
+        if name in chosen and (name != "share" or can_share()):
             yield name, title, run_row(title, subjects, measure, rounds, seconds)
     if "latency" in chosen:
         yield ("latency", *run_latency(rounds, seconds))
