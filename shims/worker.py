@@ -581,10 +581,9 @@ class Exchange:
                     self.worker.put_body(self.stream, body)
                 await next_turn()       # the bytes leave before the program goes on, or blocks
             else:
+                self.close(body)
                 worker = self.worker
                 channel = worker.channel
-                channel.put_body(self.stream, body, END)
-                self.closed()
                 if (not worker.exchanges and channel.at == channel.have
                         or channel.size + channel.laid >= GATHER
                         or self.closed_at - channel.flushed_at > GATHER_S):
